@@ -1,0 +1,61 @@
+# What people and CI run. Needs Python 3.11 or later and make; everything else goes into .venv on the first run.
+#
+#   PYTHON=python3.12   the interpreter that creates .venv
+#   JOBS=4              test processes (each uses threads of its own)
+#   TIMEOUT_S=60        seconds after which a single test counts as hanging
+#   PYTEST_ARGS=...     more arguments for pytest, such as "-k layers -x"
+
+PYTHON ?= python3
+JOBS ?= 2
+TIMEOUT_S ?= 300
+PYTEST_ARGS ?=
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+METADATA := pyproject.toml src/groupnorm/_version.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench docs clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1	\2/p' Makefile
+
+demo: $(VENV)/.installed ## install the package and watch it work on a photograph
+	$(BIN)/groupnorm demo
+
+test: $(VENV)/.installed-dev ## run all tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --timeout $(TIMEOUT_S) $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev ## lint, formatting, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict src
+
+bench: $(VENV)/.installed ## measure this machine, beside every rival installed in .venv
+	$(BIN)/groupnorm bench
+
+docs: $(VENV)/.installed ## make the tables and charts of README and docs again from results/
+	$(BIN)/groupnorm bench --report
+
+clean: ## remove caches and build products (not .venv)
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# ---- the environment: one stamp per set of packages, so that a second run installs nothing ---------------------------
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "groupnorm needs Python 3.11 or later; choose one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || \
+	    { rm -rf $(VENV); echo "$(PYTHON) cannot make virtual environments; install its venv module" >&2; exit 1; }
+
+$(VENV)/.installed: $(METADATA) | $(BIN)/python
+	$(PIP) --editable '.[plots]'
+	@touch $@
+
+# torch is pinned: left open, pip may choose a build that is gigabytes larger.
+$(VENV)/.installed-dev: $(METADATA) | $(BIN)/python
+	$(PIP) '$(TORCH)' --editable '.[dev,plots]'
+	@touch $@ $(VENV)/.installed
