@@ -1,0 +1,87 @@
+"""Recycled memory for outputs: what a dead array leaves, the next large output takes.
+
+Writing to memory that the process never touched costs a page fault per page, several times what Group Normalization itself
+costs (on the reference machine 103 MB: 25 ms of faults against 6 ms of work). So a large output lies in a block that comes
+back here when the last array that views it is gone. Free blocks are bounded; `empty_cache` gives them back to the system.
+"""
+
+import os
+import threading
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+__all__ = ["empty", "empty_cache", "is_fresh"]
+
+_SMALLEST = 1 << 20  # bytes; below, NumPy's allocator recycles memory by itself
+_ALIGNMENT = 64  # bytes of a cache line, for streamed stores
+_WASTE = 1.25  # a block may be this much larger than what is asked for
+
+_returned: deque[Any] = deque()  # blocks that came back since the last look; appended to from any thread, without a lock
+_free: list[Any] = []  # free blocks, the one used last at the end
+_lock = threading.Lock()
+
+
+class _Lease(np.ndarray):  # type: ignore[type-arg]
+    """A block on loan: every array that lives in the block has this one as its base, and its death brings the block back."""
+
+    block: Any = None
+    fresh = False
+
+    def __del__(self, give_back: Any = _returned.append) -> None:
+        if self.block is not None:
+            give_back(self.block)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An uninitialised contiguous array; a large one starts at a cache line, in recycled memory if there is some."""
+    size = dtype.itemsize
+    for length in shape:
+        size *= length
+    if size < _SMALLEST:
+        return np.empty(shape, dtype)
+    with _lock:
+        _collect()
+        fitting = [i for i, block in enumerate(_free) if size <= block.size - _ALIGNMENT <= size * _WASTE]
+        block = _free.pop(min(fitting, key=lambda i: (_free[i].size, -i))) if fitting else None
+    fresh = block is None
+    if block is None:
+        block = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -block.ctypes.data % _ALIGNMENT
+    lease = block[start : start + size].view(_Lease)
+    lease.block, lease.fresh = block, fresh
+    return np.ndarray(shape, dtype, buffer=lease)
+
+
+def is_fresh(array: Any) -> bool:
+    """Whether the array came from `empty` in memory that was never written: streamed stores into it are slow (45 ms for
+    103 MB on the reference machine, against 25 ms of ordinary ones)."""
+    return array.base.__class__ is _Lease and array.base.fresh
+
+
+def empty_cache() -> None:
+    """Give all recycled memory that is not in use back to the system."""
+    with _lock:
+        _returned.clear()
+        _free.clear()
+
+
+def _collect() -> None:
+    """Take in what came back, and drop the blocks that were not used for longest while there are too many bytes."""
+    while _returned:
+        _free.append(_returned.popleft())
+    excess = sum(block.size for block in _free) - _LIMIT
+    while excess > 0:
+        excess -= _free.pop(0).size
+
+
+def _limit() -> int:
+    """Bytes of free blocks to keep: an eighth of the machine's memory, 512 MB where that is unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    except (AttributeError, ValueError, OSError):
+        return 1 << 29
+
+
+_LIMIT = _limit()
