@@ -49,7 +49,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     if block is None:
         block = np.empty(size + _ALIGNMENT, np.uint8)
     start = -block.ctypes.data % _ALIGNMENT
-    lease = block[start : start + size].view(_Lease)
+    # over a memoryview: NumPy would look through a lease whose own base were an array, and keep that array instead
+    lease = _Lease((size,), np.uint8, buffer=memoryview(block), offset=start)
     lease.block, lease.fresh = block, fresh
     return np.ndarray(shape, dtype, buffer=lease)
 
