@@ -5,6 +5,8 @@ costs (on the reference machine 103 MB: 25 ms of faults against 6 ms of work). S
 back here when the last array that views it is gone. Free blocks are bounded; `empty_cache` gives them back to the system.
 """
 
+import contextlib
+import mmap
 import os
 import threading
 from collections import deque
@@ -15,7 +17,6 @@ import numpy as np
 __all__ = ["empty", "empty_cache", "is_fresh"]
 
 _SMALLEST = 1 << 20  # bytes; below, NumPy's allocator recycles memory by itself
-_ALIGNMENT = 64  # bytes of a cache line, for streamed stores
 _WASTE = 1.25  # a block may be this much larger than what is asked for
 
 _returned: deque[Any] = deque()  # blocks that came back since the last look; appended to from any thread, without a lock
@@ -43,14 +44,13 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
         return np.empty(shape, dtype)
     with _lock:
         _collect()
-        fitting = [i for i, block in enumerate(_free) if size <= block.size - _ALIGNMENT <= size * _WASTE]
-        block = _free.pop(min(fitting, key=lambda i: (_free[i].size, -i))) if fitting else None
+        fitting = [i for i, block in enumerate(_free) if size <= len(block) <= size * _WASTE]
+        block = _free.pop(min(fitting, key=lambda i: (len(_free[i]), -i))) if fitting else None
     fresh = block is None
     if block is None:
-        block = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -block.ctypes.data % _ALIGNMENT
-    # over a memoryview: NumPy would look through a lease whose own base were an array, and keep that array instead
-    lease = _Lease((size,), np.uint8, buffer=memoryview(block), offset=start)
+        block = _new_block(size)
+    # The lease stands right on the mapping: over an array NumPy would look through it and keep that array as the base.
+    lease = _Lease((size,), np.uint8, buffer=block)
     lease.block, lease.fresh = block, fresh
     return np.ndarray(shape, dtype, buffer=lease)
 
@@ -72,9 +72,20 @@ def _collect() -> None:
     """Take in what came back, and drop the blocks that were not used for longest while there are too many bytes."""
     while _returned:
         _free.append(_returned.popleft())
-    excess = sum(block.size for block in _free) - _LIMIT
+    excess = sum(map(len, _free)) - _LIMIT
     while excess > 0:
-        excess -= _free.pop(0).size
+        excess -= len(_free.pop(0))
+
+
+def _new_block(size: int) -> Any:
+    """Memory of its own from the system, starting at a page; large pages where the system has them."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, size)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return block
 
 
 def _limit() -> int:
