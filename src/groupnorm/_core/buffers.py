@@ -58,7 +58,10 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 def is_fresh(array: Any) -> bool:
     """Whether the array came from `empty` in memory that was never written: streamed stores into it are slow (45 ms for
     103 MB on the reference machine, against 25 ms of ordinary ones)."""
-    return array.base.__class__ is _Lease and array.base.fresh
+    base = array.base
+    while base.__class__ is np.ndarray:
+        base = base.base
+    return base.__class__ is _Lease and base.fresh
 
 
 def empty_cache() -> None:

@@ -52,6 +52,8 @@ def walk(
     None when no single step visits the positions, or when neither channels nor positions are neighbours in memory, or when a
     stride is negative or not a whole number of elements.
     """
+    if 0 in shape:
+        return Walk(0, 1, 1)
     if any(s % itemsize or s < 0 for s, size in zip(strides, shape, strict=True) if size > 1):
         return None
     step, reach = 0, 1  # stride of the innermost spatial axis longer than 1, and positions covered so far
