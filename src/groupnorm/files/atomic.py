@@ -39,7 +39,7 @@ class PendingFile:
         if not folder.is_dir():
             raise FileError(f"{self.what}: there is no folder {folder}; make it first, or write elsewhere")
         mode = None
-        with contextlib.suppress(FileNotFoundError), self.writing():
+        with self.writing(), contextlib.suppress(FileNotFoundError):
             mode = os.stat(self.target).st_mode
         if mode is not None and not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
@@ -53,11 +53,9 @@ class PendingFile:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """What the system raises when it cannot write, as FileError; FileNotFoundError passes."""
+        """What the system raises when it cannot write, as FileError."""
         try:
             yield
-        except FileNotFoundError:
-            raise
         except OSError as error:
             raise FileError(f"{self.what}: cannot be written ({error.strerror or error}); nothing was changed; "
                             "free some space, check the permissions, or write elsewhere") from error  # fmt: skip

@@ -120,7 +120,7 @@ class Source:
                     part = part[unpacked.write(part) :]
         except OSError as error:
             raise FileError(f"{self.what}: cannot be unpacked into {folder} ({error.strerror}); free "
-                            f"{self.form.nbytes} bytes there, or raise max_memory so that it is read only once") from error  # fmt: skip
+                            f"{self.form.nbytes} bytes there, or raise max_memory") from error  # fmt: skip
         self.finish()
         self._raw, self._start, self._stream = unpacked, 0, None
 
@@ -196,7 +196,7 @@ class Source:
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if length > MAX_JSON or not 2 <= length <= self._size - 8:
             raise FileError(f"{self.what}: header of {length} bytes in a file of {self._size}, expected 2 to "
-                            f"{MAX_JSON} bytes that are there; not a .safetensors file, or cut off; save it again")  # fmt: skip
+                            f"{MAX_JSON}; not a .safetensors file, or cut off; save it again")  # fmt: skip
         text = bytearray(length)
         self._fill(self._raw, memoryview(text))
         try:

@@ -46,9 +46,8 @@ class _Cut(NamedTuple):
     wish: int
     piece: int
     road: str
-    parts: int
     largest: int  # elements of the largest box
-    elements: int  # that all passes read of x
+    elements: int  # that all passes read
 
 
 def group_norm_file(
@@ -113,7 +112,7 @@ def group_norm_file(
         startup_s = time.perf_counter() - start
 
         timeline = Timeline()
-        moved = _stream(sources, sink, grid, cut, work, timeline, progress)
+        bytes_read, bytes_written, parts = _stream(sources, sink, grid, cut, work, timeline, progress)
         for source in sources:
             source.finish()
         with timeline.span("write"):
@@ -127,7 +126,8 @@ def group_norm_file(
             commit([sink.pending] if stats_file is None else [sink.pending, stats_file])
     return Report(
         x=os.fspath(x), y=os.fspath(y), shape=form.shape, dtype=form.dtype.name, num_groups=int(num_groups),
-        road=cut.road, parts=cut.parts, bytes_read=moved[0], bytes_written=moved[1], bytes_computed=sum(moved),
+        road=cut.road, parts=parts, bytes_read=bytes_read,
+        bytes_written=bytes_written, bytes_computed=bytes_read + bytes_written,
         read_s=timeline.busy_s("read"), compute_s=timeline.busy_s("compute"), write_s=timeline.busy_s("write"),
         disk_s=timeline.busy_s("read", "write"), total_s=time.perf_counter() - started, startup_s=startup_s,
     )  # fmt: skip
@@ -161,17 +161,16 @@ def _cut(grid: Grid, form: Any, max_memory: int, backward: bool) -> _Cut:
     limit = max(1, max_memory // (whole * itemsize))
     wish = max(1, min(limit, _WISH // itemsize))
     most = max(1, min(wish, max_memory // (piece * itemsize)))
-    road, parts, largest, elements = "samples", 0, 0, 0
+    road, largest, elements = "samples", 0, 0
     for unit in grid.units(wish, limit):
         count = size(unit.box)
         if not unit.whole:
             road = "pieces"
         elif road == "samples" and grid.groups(unit.box) != (0, len(grid.edges) - 1):
             road = "groups"
-        parts += 1 if unit.whole else -(-count // most)
         largest = max(largest, count if unit.whole else most)
-        elements += count * (1 if unit.whole else 3 if backward else 2)
-    return _Cut(limit, wish, most, road, parts, largest, elements)
+        elements += count * ((2 if unit.whole else 5) if backward else (1 if unit.whole else 2))
+    return _Cut(limit, wish, most, road, largest, elements)
 
 
 def _steps(grid: Grid, cut: _Cut, backward: bool) -> Iterator[_Step]:
@@ -210,17 +209,17 @@ def _same(a: Path, b: Path) -> bool:
 def _stream(
     sources: list[Source], sink: Sink, grid: Grid, cut: _Cut, work: Work, timeline: Timeline,
     progress: Callable[[int, int], None] | None,
-) -> tuple[int, int]:  # fmt: skip
-    """Do every step: while one box is computed, the next one is read and the last one written. Returns bytes read,
-    written.
+) -> tuple[int, int, int]:  # fmt: skip
+    """Do every step: while one box is computed, the next one is read and the last one written.
+
+    Returns bytes read, bytes written, and boxes written.
     """
     form, backward = sources[0].form, len(sources) == 2
-    itemsize, moved = form.dtype.itemsize, [0, 0]
+    itemsize, moved, parts = form.dtype.itemsize, [0, 0], 0
     inputs = [[np.empty(cut.largest, form.dtype) for _ in sources] for _ in range(2)]
     # Backward makes its own output; in Fortran order what an engine fills is another copy anyway.
     outputs = [] if backward or form.fortran else [np.empty(cut.largest, form.dtype) for _ in range(2)]
     axes = tuple(range(len(grid.shape))) if not form.fortran else tuple(reversed(range(len(grid.shape))))
-    total = itemsize * (cut.elements + (cut.elements if backward and cut.road != "pieces" else 0))
 
     def shaped(flat: Any, box: Box) -> Any:
         return flat[: size(box)].reshape([stop - start for start, stop in box]).transpose(axes)
@@ -244,11 +243,11 @@ def _stream(
                 sink.write(flat if np.little_endian else flat.byteswap())
             moved[1] += flat.nbytes
 
-    def compute(step: _Step, arrays: list[Any], turn: int) -> Any:
+    def compute(step: _Step, arrays: list[Any]) -> Any:
         if step.first:
             work.begin(step.unit)
         if not backward and step.way != "measure":
-            arrays = [*arrays, shaped(outputs[turn], step.box) if outputs else None]
+            arrays = [*arrays, shaped(outputs[parts % 2], step.box) if outputs else None]
         with timeline.span("compute"), np.errstate(all="ignore"):
             return getattr(work, step.way)(step.box, *arrays)
 
@@ -264,15 +263,16 @@ def _stream(
             following = next(steps, None)
             if following is not None:
                 reading = reader.submit(read, following, inputs[1 - turn])
-            result = compute(step, arrays, turn)
+            result = compute(step, arrays)
             if result is not None:
                 if writing is not None:
                     writing.result()
                 writing = writer.submit(write, result)
+                parts += 1
             if progress is not None:
                 done += sum(a.nbytes for a in arrays)
-                progress(done, max(total, done))
+                progress(done, itemsize * cut.elements)
             step, turn = following, 1 - turn
         if writing is not None:
             writing.result()
-    return moved[0], moved[1]
+    return moved[0], moved[1], parts
