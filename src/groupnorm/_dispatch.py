@@ -31,7 +31,7 @@ def engine(name: str) -> Any:
 
 def choose(problem: Problem, impl: str | None) -> tuple[Any, Any]:
     """The engine (a module) that will take the problem, and its plan. A named engine is obeyed or refused, never replaced."""
-    chosen = engine("reference" if impl is None else impl)
+    chosen = engine("cpu" if impl is None else impl)
     refusal = chosen.supports(problem)
     if refusal is not None:
         raise EngineError(f"{impl or 'cpu'} engine: {refusal}; impl=\"reference\" takes every problem")

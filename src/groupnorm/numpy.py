@@ -125,7 +125,7 @@ def moments(
     key = ("moments", num_groups, num_groups.__class__, layout, uneven, get_num_threads(), _form(x), _form(mask))
     known = _recall(key)
     if known is None:
-        options = Options("moments", num_groups, 1e-5, layout, None, uneven)
+        options = Options("moments", num_groups, 0.0, layout, None, uneven)
         known, given = _learn(key, options, {"x": x, "mask": mask}, None)
         x, mask = given["x"], given["mask"]
     engine, plan, call = known

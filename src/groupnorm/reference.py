@@ -27,7 +27,7 @@ Backward, from dy = dL/dy to the gradient of everything above (mean and rstd car
 Sources: Wu and He, Group Normalization, ECCV 2018, eq. 1-7, for (1)-(6); (14) is the chain rule through (2)-(5).
 """
 
-from math import erf, pi, sqrt
+from math import erfc, pi, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,12 +50,13 @@ class Gradients(NamedTuple):
 
 # ---- activations: name -> (act, act') --------------------------------------------------------------------------------
 
-_erf = np.vectorize(erf, otypes=[np.float64])
+_erfc = np.vectorize(erfc, otypes=[np.float64])
 _K = sqrt(2 / pi)
 
 
 def _sigmoid(z: Array) -> Array:
-    return 0.5 * (1 + np.tanh(z / 2))
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-z))
 
 
 def _silu_slope(z: Array) -> Array:
@@ -63,20 +64,24 @@ def _silu_slope(z: Array) -> Array:
 
 
 def _gelu_slope(z: Array) -> Array:
-    return 0.5 * (1 + _erf(z / sqrt(2))) + z * np.exp(-z * z / 2) / sqrt(2 * pi)
+    return 0.5 * _erfc(-z / sqrt(2)) + z * np.exp(-z * z / 2) / sqrt(2 * pi)
+
+
+def _gelu_tanh(z: Array) -> Array:
+    return z * _sigmoid(2 * _K * (z + 0.044715 * z**3))  # sigmoid(2u) = (1 + tanh(u))/2
 
 
 def _gelu_tanh_slope(z: Array) -> Array:
-    t = np.tanh(_K * (z + 0.044715 * z**3))
-    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * _K * (1 + 3 * 0.044715 * z * z)
+    u = 2 * _K * (z + 0.044715 * z**3)
+    return _sigmoid(u) + z * _sigmoid(u) * _sigmoid(-u) * 2 * _K * (1 + 3 * 0.044715 * z * z)
 
 
 ACTIVATIONS: dict[str | None, tuple[Any, Any]] = {
     None: (lambda z: z, np.ones_like),
     "relu": (lambda z: np.maximum(z, 0), lambda z: np.where(z > 0, 1.0, np.where(z <= 0, 0.0, z))),
     "silu": (lambda z: z * _sigmoid(z), _silu_slope),
-    "gelu": (lambda z: 0.5 * z * (1 + _erf(z / sqrt(2))), _gelu_slope),
-    "gelu_tanh": (lambda z: 0.5 * z * (1 + np.tanh(_K * (z + 0.044715 * z**3))), _gelu_tanh_slope),
+    "gelu": (lambda z: 0.5 * z * _erfc(-z / sqrt(2)), _gelu_slope),
+    "gelu_tanh": (_gelu_tanh, _gelu_tanh_slope),
     "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * _sigmoid(-z)),
     "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
     "hardswish": (

@@ -1,0 +1,387 @@
+"""Channels-first kernels: the positions of a channel are neighbours, so a group is a few long runs.
+
+How a group is cut depends on its shape alone, never on the batch or on threads, so results do not either:
+
+- a *part* is one channel's positions, or a piece of them when there are more than PART;
+- a *unit* is `p.unit` channels (as many as make UNIT elements) of one part; statistics are merged unit by unit;
+- a *task* is `p.per_task` units, numbered through all groups. With whole groups as tasks one launch does everything while a group
+  is in cache; with few large groups, one launch takes the moments of the units and a second applies them.
+
+The matching phases are MOMENTS and APPLY for forward, SUMS and APPLY for backward; `MOMENTS + APPLY` in one launch is the road
+of whole groups.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from groupnorm._engines.cpu.compiler import compiled, inlined, jitted
+from groupnorm._engines.cpu.epilogue import activate, activation, slope
+from groupnorm._engines.cpu.memory import (
+    BOOL, FLOAT32, FLOAT64, NONE, elements_to_line, fence, load, load_first, load_one, one_lane, pointer, store, store_first,
+    store_one, stream, zeros,
+)  # fmt: skip
+from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
+from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total
+from groupnorm._engines.cpu.statistics import chunk_moments, count_real, merge, moments_by_element, out_of_range
+
+__all__ = ["APPLY", "MOMENTS", "SUMS", "backward_kernel", "forward_kernel"]
+
+MOMENTS = SUMS = 1  # what a launch does first
+APPLY = 2
+
+
+# ---- how a group is cut ----------------------------------------------------------------------------------------------
+
+
+@jitted
+def group_channels(p, g):  # type: ignore[no-untyped-def]
+    """First channel of group g, and the one after its last."""
+    return g * p.D, p.C if g == p.G - 1 else (g + 1) * p.D
+
+
+@jitted
+def unit_extent(p, g, unit):  # type: ignore[no-untyped-def]
+    """First channel, channels, first position and positions of a unit of group g; no channels if g has not so many units."""
+    first, last = group_channels(p, g)
+    part = unit % p.parts
+    c = first + unit // p.parts * p.unit
+    length = ((p.S + p.parts - 1) // p.parts + LANES - 1) // LANES * LANES
+    start = part * length
+    return c, max(min(p.unit, last - c), 0), start, max(min(length, p.S - start), 0)
+
+
+# ---- moments ---------------------------------------------------------------------------------------------------------
+
+
+@jitted
+def unit_moments(p, x, mask, n, g, unit):  # type: ignore[no-untyped-def]
+    """Moments of a unit, chunk by chunk."""
+    c, channels, start, length = unit_extent(p, g, unit)
+    at = n * p.x_n + c * p.x_c + start
+    mask_at = n * p.S + start
+    if channels > 1 and mask is None and p.x_c == p.S:  # the unit's channels are one run
+        length, channels = length * channels, 1
+    found = (0.0, 0.0, 0.0, 0.0)
+    rows = max(min(p.chunk // max(length, 1), channels), 1)
+    for r in range(0, channels, rows):
+        for i in range(0, length, p.chunk):
+            piece = chunk_moments(x, mask, at + r * p.x_c + i, mask_at + i, min(rows, channels - r),
+                                  min(p.chunk, length - i), p.x_c)  # fmt: skip
+            found = merge(found, piece)
+    return found
+
+
+@jitted
+def group_moments(p, a, x, mask, n, g, known):  # type: ignore[no-untyped-def]
+    """Moments of a group: its units merged, from `work` if they are known, else computed here."""
+    found = (0.0, 0.0, 0.0, 0.0)
+    for unit in range(p.units):
+        if known:
+            w = pointer(a.work, FLOAT64)
+            i = ((n * p.G + g) * p.units + unit) * 4
+            piece = (load_one(w, i), load_one(w, i + 1), load_one(w, i + 2), load_one(w, i + 3))
+        else:
+            piece = unit_moments(p, x, mask, n, g, unit)
+        found = merge(found, piece)
+    count, _, _, m2 = found
+    if out_of_range(m2, count, p.eps):
+        first, last = group_channels(p, g)
+        at = n * p.x_n + first * p.x_c
+        found = moments_by_element(x, mask, at, n * p.S, last - first, p.x_c, p.S, 1)
+    return found
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@inlined
+def _forward_vector(x, residual, mask, act, xa, ra, ma, count, m, a, b):  # type: ignore[no-untyped-def]
+    """y of up to LANES elements: equations (5) to (8), weight and scale folded into a, bias and shift into b."""
+    z = fma(load_first(x, xa, count) - m, a, b)
+    if residual is not None:
+        z = z + load_first(residual, ra, count)
+    if act is not None:
+        z = activate(act, z)
+    if mask is not None:
+        z = select(load_first(mask, ma, count), z, 0.0)
+    return z
+
+
+@jitted
+def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, m, a, b, streaming):  # type: ignore[no-untyped-def]
+    """y of a run of one channel."""
+    done = 0
+    if streaming:
+        head = min(elements_to_line(y, ya), length)
+        if 0 < head < LANES:
+            store_first(y, ya, _forward_vector(x, residual, mask, act, xa, ra, ma, head, m, a, b), head)
+            done = head
+        if head < LANES:
+            for _ in range((length - done) // LANES):
+                v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, m, a, b)
+                stream(y, ya + done, v)
+                done += LANES
+    for _ in range((length - done) // LANES):
+        store(y, ya + done, _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, m, a, b))
+        done += LANES
+    if done < length:
+        v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, length - done, m, a, b)
+        store_first(y, ya + done, v, length - done)
+
+
+@jitted
+def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):  # type: ignore[no-untyped-def]
+    moments = pointer(a.moments, FLOAT64)
+    work = pointer(a.work, FLOAT64)
+    first = task * p.per_task
+    m = m_rest = r = 0.0
+    for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
+        group, unit = index // p.units, index % p.units
+        n, g = group // p.G, group % p.G
+        if p.phase == MOMENTS:
+            count, pivot, offset, m2 = unit_moments(p, x, mask, n, g, unit)
+            store_one(work, index * 4, count)
+            store_one(work, index * 4 + 1, pivot)
+            store_one(work, index * 4 + 2, offset)
+            store_one(work, index * 4 + 3, m2)
+            continue
+        if unit == 0 or index == first:
+            if p.stats:
+                count, pivot = load_one(moments, group * 3), load_one(moments, group * 3 + 1)
+                offset, m2 = 0.0, load_one(moments, group * 3 + 2)
+            else:
+                count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, p.phase == APPLY)
+                if a.moments != 0 and unit == 0:
+                    store_one(moments, group * 3, count)
+                    store_one(moments, group * 3 + 1, pivot + offset)
+                    store_one(moments, group * 3 + 2, m2)
+            m = np.float64(one_lane(x, pivot + offset))
+            m_rest = (pivot - m) + offset
+            r = 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)
+            if a.mean != 0 and unit == 0:
+                store_one(mean, group, one_lane(mean, m + m_rest))
+                store_one(rstd, group, one_lane(rstd, r))
+        if a.y != 0:
+            c, channels, start, length = unit_extent(p, g, unit)
+            for channel in range(c, c + channels):
+                factor, summand = channel_affine(p, a, n, channel)
+                slope_ = one_lane(x, factor * r)
+                summand -= m_rest * np.float64(slope_)
+                _forward_run(
+                    x, y, residual, mask, act, n * p.x_n + channel * p.x_c + start, n * p.y_n + channel * p.y_c + start,
+                    n * p.residual_n + channel * p.residual_c + start, n * p.S + start, length, one_lane(x, m),
+                    slope_, one_lane(x, summand), a.stream,
+                )  # fmt: skip
+    fence()
+
+
+@cache
+def forward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
+    """The compiled forward for these element and activation codes."""
+    residual_element, mask_element = element if residual else NONE, BOOL if mask else NONE
+    stats_element = FLOAT64 if element == FLOAT64 else FLOAT32
+
+    def kernel(plan, call, task):  # type: ignore[no-untyped-def]
+        p, a = plan_at(plan), call_at(call)
+        _forward(
+            p, a, pointer(a.x, element), pointer(a.y, element), pointer(a.residual, residual_element),
+            pointer(a.mask, mask_element), activation(act), pointer(a.mean, stats_element), pointer(a.rstd, stats_element),
+            task,
+        )  # fmt: skip
+
+    return compiled(kernel, f"first_forward_{element}_{act}_{residual:d}_{mask:d}")
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@inlined
+def _dz_vector(d, dy, residual, mask, act, ya, ra, ma, count, a, b):  # type: ignore[no-untyped-def]
+    """dz of up to LANES elements, equation (9); d is x - mean."""
+    dz = load_first(dy, ya, count)
+    if act is not None:
+        z = fma(d, a, b)
+        if residual is not None:
+            z = z + load_first(residual, ra, count)
+        dz = dz * slope(act, z)
+    if mask is not None:
+        dz = select(load_first(mask, ma, count), dz, 0.0)
+    return dz
+
+
+@inlined
+def _deviation(x, mask, xa, ma, count, m):  # type: ignore[no-untyped-def]
+    """x - mean of up to LANES elements, 0 where there is no element or the mask does not hold."""
+    d = load_first(x, xa, count) - m
+    if mask is not None:
+        return select(load_first(mask, ma, count), d, 0.0)
+    return select(first_lanes(count), d, 0.0)
+
+
+@jitted
+def _sums_run(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, a, b):  # type: ignore[no-untyped-def]
+    """The sums of dz and dz*(x - mean) over a run of one channel."""
+    p0 = p1 = q0 = q1 = zeros(x)
+    done = 0
+    for _ in range(length // (2 * LANES)):
+        d = load(x, xa + done) - m
+        if mask is not None:
+            d = _deviation(x, mask, xa + done, ma + done, LANES, m)
+        dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
+        p0 += dz
+        q0 = fma(dz, d, q0)
+        done += LANES
+        d = load(x, xa + done) - m
+        if mask is not None:
+            d = _deviation(x, mask, xa + done, ma + done, LANES, m)
+        dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
+        p1 += dz
+        q1 = fma(dz, d, q1)
+        done += LANES
+    while done < length:
+        rest = length - done
+        d = _deviation(x, mask, xa + done, ma + done, rest, m)
+        dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, rest, a, b)
+        p0 += dz
+        q0 = fma(dz, d, q0)
+        done += LANES
+    return total(p0 + p1), total(q0 + q1)
+
+
+@inlined
+def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count, m, a, b, k1, k2, k3):  # type: ignore[no-untyped-def]
+    """dx of up to LANES elements, equation (14) as dz*k1 + (x - mean)*k2 + k3; writes dresidual on the way."""
+    d = load_first(x, xa, count) - m
+    dz = _dz_vector(d, dy, residual, mask, act, ya, ra, ma, count, a, b)
+    if dresidual is not None:
+        store_first(dresidual, sa, dz, count)
+    dx = fma(dz, k1, fma(d, k2, k3))
+    if mask is not None:
+        dx = select(load_first(mask, ma, count), dx, 0.0)
+    return dx
+
+
+@jitted
+def _dx_run(x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, m, a, b, k1, k2, k3, streaming):  # type: ignore[no-untyped-def]
+    """dx of a run of one channel."""
+    done = 0
+    if streaming:
+        head = min(elements_to_line(dx, da), length)
+        if 0 < head < LANES:
+            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, head, m, a, b, k1, k2, k3)
+            store_first(dx, da, v, head)
+            done = head
+        if head < LANES:
+            for _ in range((length - done) // LANES):
+                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done,
+                               ma + done, LANES, m, a, b, k1, k2, k3)  # fmt: skip
+                stream(dx, da + done, v)
+                done += LANES
+    while done < length:
+        count = min(length - done, LANES)
+        v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
+                       count, m, a, b, k1, k2, k3)  # fmt: skip
+        store_first(dx, da + done, v, count)
+        done += count
+
+
+@jitted
+def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r):  # type: ignore[no-untyped-def]
+    """Write the sums of dz and dz*xhat of each channel of a unit."""
+    sums = pointer(a.sums, FLOAT64)
+    c, channels, start, length = unit_extent(p, g, unit)
+    for channel in range(c, c + channels):
+        factor, summand = channel_affine(p, a, n, channel)
+        s_dz = s_dzd = 0.0
+        for i in range(start, start + length, p.chunk):
+            s0, s1 = _sums_run(
+                x, dy, residual, mask, act, n * p.x_n + channel * p.x_c + i, n * p.dy_n + channel * p.dy_c + i,
+                n * p.residual_n + channel * p.residual_c + i, n * p.S + i, min(p.chunk, start + length - i),
+                one_lane(x, m), one_lane(x, factor * r), one_lane(x, summand),
+            )  # fmt: skip
+            s_dz += s0
+            s_dzd += s1
+        at = n * p.sum_n + channel * p.sum_c + unit % p.parts * p.sum_part
+        store_one(sums, at, s_dz)
+        store_one(sums, at + p.sum_next, s_dzd * r)
+
+
+@jitted
+def group_sums(p, a, n, g):  # type: ignore[no-untyped-def]
+    """The sums of dxhat and dxhat*xhat over a group, from the sums of its channels."""
+    sums = pointer(a.sums, FLOAT64)
+    first, last = group_channels(p, g)
+    s1 = s2 = 0.0
+    for channel in range(first, last):
+        factor, _ = channel_affine(p, a, n, channel)
+        for part in range(p.parts):
+            at = n * p.sum_n + channel * p.sum_c + part * p.sum_part
+            s1 += factor * load_one(sums, at)
+            s2 += factor * load_one(sums, at + p.sum_next)
+    return s1, s2
+
+
+@jitted
+def real_positions(p, mask, n):  # type: ignore[no-untyped-def]
+    """Positions of sample n that enter the statistics."""
+    if mask is None:
+        return np.float64(p.S)
+    return count_real(mask, n * p.S, p.S)
+
+
+@jitted
+def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task):  # type: ignore[no-untyped-def]
+    first = task * p.per_task
+    m = r = k2 = k3 = 0.0
+    for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
+        group, unit = index // p.units, index % p.units
+        n, g = group // p.G, group % p.G
+        if unit == 0 or index == first:
+            if p.stats:
+                m, r = np.float64(load_one(mean, group)), np.float64(load_one(rstd, group))
+            else:
+                count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, False)
+                m = np.float64(one_lane(mean, pivot + offset))
+                r = np.float64(one_lane(mean, 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)))
+        if p.phase == SUMS:
+            _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r)
+            continue
+        if unit == 0 or index == first:
+            if p.phase != APPLY:
+                for u in range(p.units):
+                    _unit_sums(p, a, x, dy, residual, mask, act, n, g, u, m, r)
+            s1, s2 = group_sums(p, a, n, g)
+            lo, hi = group_channels(p, g)
+            count = max(real_positions(p, mask, n) * (hi - lo), 1.0)
+            k2, k3 = -r * r * s2 / count, -r * s1 / count
+        c, channels, start, length = unit_extent(p, g, unit)
+        for channel in range(c, c + channels):
+            factor, summand = channel_affine(p, a, n, channel)
+            k1 = one_lane(x, factor * r)
+            _dx_run(
+                x, dy, dx, dresidual, residual, mask, act, n * p.x_n + channel * p.x_c + start,
+                n * p.dy_n + channel * p.dy_c + start, n * p.dx_n + channel * p.dx_c + start,
+                n * p.dresidual_n + channel * p.dresidual_c + start,
+                n * p.residual_n + channel * p.residual_c + start, n * p.S + start, length, one_lane(x, m), k1,
+                one_lane(x, summand), k1, one_lane(x, k2), one_lane(x, k3), a.stream,
+            )  # fmt: skip
+    fence()
+
+
+@cache
+def backward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
+    """The compiled backward for these element and activation codes; with a residual it also writes dresidual."""
+    residual_element, mask_element = element if residual else NONE, BOOL if mask else NONE
+    stats_element = FLOAT64 if element == FLOAT64 else FLOAT32
+
+    def kernel(plan, call, task):  # type: ignore[no-untyped-def]
+        p, a = plan_at(plan), call_at(call)
+        _backward(
+            p, a, pointer(a.x, element), pointer(a.dy, element), pointer(a.dx, element),
+            pointer(a.dresidual, residual_element), pointer(a.residual, residual_element), pointer(a.mask, mask_element),
+            activation(act), pointer(a.mean, stats_element), pointer(a.rstd, stats_element), task,
+        )  # fmt: skip
+
+    return compiled(kernel, f"first_backward_{element}_{act}_{residual:d}_{mask:d}")

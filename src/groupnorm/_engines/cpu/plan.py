@@ -1,0 +1,216 @@
+"""How a problem will be done: a pure function from (problem, threads, caches) to a Plan that explains itself.
+
+Two roads for each layout. *Whole*: a task takes a group (channels first) or a slab of channels of a sample (channels last) through
+all phases while it is in cache. *Phases*: one launch per phase over pieces of all groups, for few and large groups. Both cut the
+data at the same places, so they give the same bits.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from groupnorm._core.machine import CACHES
+from groupnorm._core.problem import Problem
+from groupnorm._engines.cpu import channels_first, channels_last, parameters
+from groupnorm._engines.cpu.epilogue import ACTIVATION_CODES
+from groupnorm._engines.cpu.memory import CODES
+from groupnorm._engines.cpu.records import PLAN, SHAPED
+from groupnorm._engines.cpu.simd import LANES
+
+__all__ = ["Launch", "Plan", "make_plan"]
+
+_UNIT = 4096  # elements: channels first, smallest unit; 16 KB of float32, half an L1 cache, so that it can be read twice
+_PART = 1 << 18  # elements: channels first, largest unit, so that one huge channel feeds many threads
+_UNIT_LAST = 1 << 16  # elements: channels last, unit
+_TASK = 1 << 14  # elements: smallest task; 5 us of work against 0.2 us for taking a task
+_SERIAL = 1 << 15  # elements for each thread that takes part; below, waking one costs more than it saves
+_TASKS_PER_THREAD = 4  # so that a thread that is put aside delays the end by a quarter at most
+_STREAM = 1 << 22  # bytes of output from which it is written past the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One job for the pool: the record that its kernel reads, and the threads it may use."""
+
+    name: str
+    record: Any = field(repr=False)
+    address: int = field(repr=False)
+    tasks: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the CPU engine does a problem: launches in order, and the memory they need beside the arrays of the call."""
+
+    problem: Problem
+    road: str
+    reasons: tuple[str, ...]
+    launches: tuple[Launch, ...]
+    work: int  # float64 numbers of moments of units
+    sums: int  # float64 numbers of sums of backward
+    rows: int  # lane numbers of planes, channels last
+    statistics: "Plan | None"  # backward in phases without given statistics: what computes them first
+    stream: bool
+
+    def __str__(self) -> str:
+        p = self.problem
+        lines = [
+            f"{p.task}: N={p.N} C={p.C} S={p.S} G={p.G}, {p.dtype}, channels {'last' if p.channels_last else 'first'}",
+            f"road: {self.road}",
+            *(f"  because {reason}" for reason in self.reasons),
+            *(f"launch {i}: {x.name}, {x.tasks} tasks on {x.threads} threads" for i, x in enumerate(self.launches, 1)),
+            f"memory beside the arrays: {8 * (self.work + self.sums) + 8 * self.rows} bytes",
+            f"output: {'past the cache (non-temporal stores)' if self.stream else 'through the cache'}",
+        ]
+        return "\n".join(lines)
+
+
+def make_plan(problem: Problem, num_threads: int) -> Plan:
+    """The plan for a problem on `num_threads` threads; compiles the kernels it needs."""
+    if problem.N * problem.S == 0:
+        return Plan(problem, "empty", ("there are no elements",), (), 0, 0, 0, None, False)
+    return (_last if problem.channels_last else _first)(problem, num_threads)
+
+
+def _first(p: Problem, num_threads: int) -> Plan:
+    last_channels = p.C - (p.G - 1) * p.D
+    parts = -(-p.S // _PART)
+    unit = max(1, _UNIT // p.S) if parts == 1 else 1
+    units = -(-last_channels // unit) * parts
+    cut = {"unit": unit, "parts": parts, "units": units, "chunk": 2048 if p.dtype == "float64" else 4096,
+           "sum_n": p.C * parts * 2, "sum_c": parts * 2, "sum_part": 2, "sum_next": 1}  # fmt: skip
+    threads = _threads(p, num_threads)
+    groups = p.N * p.G
+    whole = _balanced(groups, threads)
+    reasons = [f"{groups} groups of {last_channels * p.S} elements for {threads} threads"]
+    per_group = p.D * p.S
+    groups_per_task = _per_task(groups, per_group, threads)
+    units_per_task = _per_task(groups * units, max(per_group // units, 1), threads)
+    maker = _Maker(p, cut, channels_first)
+    by_group = (-(-groups // groups_per_task), groups_per_task * units)
+    by_unit = (-(-groups * units // units_per_task), units_per_task)
+    backward = p.task == "backward"
+    both = channels_first.MOMENTS + channels_first.APPLY
+    if whole:
+        reasons.append("groups keep all threads busy: each is taken through all phases while it is in cache")
+        launches = [maker.launch("groups", both, *by_group, threads)]
+    elif backward:
+        launches = [maker.launch("sums", channels_first.SUMS, *by_unit, threads),
+                    maker.launch("gradient", channels_first.APPLY, *by_unit, threads)]  # fmt: skip
+    elif p.task == "normalize":
+        launches = [maker.launch("normalize", channels_first.APPLY, *by_unit, threads)]
+    else:
+        launches = [maker.launch("moments", channels_first.MOMENTS, *by_unit, threads)]
+        step = by_group if p.task == "moments" else by_unit
+        launches.append(maker.launch("normalize", channels_first.APPLY, *step, threads))
+    return maker.plan(whole, reasons, launches, work=0 if whole else groups * units * 4, sums=p.N * p.C * parts * 2)
+
+
+def _last(p: Problem, num_threads: int) -> Plan:
+    block = channels_last.BLOCK
+    unit = max(1, _UNIT_LAST // p.C // block) * block
+    units = -(-p.S // unit)
+    slab = _slab(p)
+    cut = {"unit": unit, "units": units, "parts": units, "slab": slab,
+           "sum_n": units * 2 * p.C, "sum_c": 1, "sum_part": 2 * p.C, "sum_next": p.C}  # fmt: skip
+    threads = _threads(p, num_threads)
+    slabs = p.N * max(p.C // slab, 1)
+    whole = _balanced(slabs, threads)
+    reasons = [f"{slabs} slabs of {slab} channels for {threads} threads"]
+    maker = _Maker(p, cut, channels_last)
+    backward = p.task == "backward"
+    moments, merge, apply = channels_last.MOMENTS, channels_last.MERGE, channels_last.APPLY
+    units_per_task = _per_task(p.N * units, p.C * unit, threads)
+    by_unit = (-(-p.N * units // units_per_task), units_per_task)
+    by_sample = (p.N, 1)
+    if whole:
+        reasons.append("slabs keep all threads busy: each is taken through all phases while it is in cache")
+        launches = [maker.launch("slabs", moments + merge + apply, slabs, 1, threads)]
+    elif backward:
+        launches = [maker.launch("planes", channels_last.PLANES, *by_sample, threads),
+                    maker.launch("sums", channels_last.SUMS, *by_unit, threads),
+                    maker.launch("merge", merge, *by_sample, threads),
+                    maker.launch("gradient", apply, *by_unit, threads)]  # fmt: skip
+    else:
+        launches = [] if p.task == "normalize" else [maker.launch("moments", moments, *by_unit, threads)]
+        launches.append(maker.launch("merge", merge, *by_sample, threads))
+        if p.task != "moments":
+            launches.append(maker.launch("normalize", apply, *by_unit, threads))
+    planes = channels_last.BACKWARD_PLANES if backward else channels_last.FORWARD_PLANES
+    return maker.plan(whole, reasons, launches, work=0 if p.stats or p.task == "normalize" else p.N * units * 2 * p.C,
+                      sums=p.N * units * 2 * p.C, rows=0 if p.task == "moments" else p.N * planes * p.C)  # fmt: skip
+
+
+class _Maker:
+    """Fills the records of a plan's launches."""
+
+    def __init__(self, problem: Problem, cut: dict[str, int], kernels: Any) -> None:
+        self.problem, self.cut = problem, cut
+        codes = (CODES[problem.dtype], ACTIVATION_CODES[problem.activation], "residual" in problem.walks, problem.mask)
+        self.kernel = (kernels.backward_kernel if problem.task == "backward" else kernels.forward_kernel)(*codes)
+
+    def launch(self, name: str, phase: int, tasks: int, per_task: int, threads: int, kernel: Any = None) -> Launch:
+        p = self.problem
+        record = np.zeros((), PLAN)
+        threads = max(1, min(threads, tasks))
+        values = {
+            "kernel": (kernel or self.kernel).address, "tasks": tasks, "workers": threads - 1, "phase": phase,
+            "per_task": per_task, "N": p.N, "C": p.C, "S": p.S, "G": p.G, "D": p.D, "eps": p.eps,
+            "stats": p.stats or p.task == "normalize", **self.cut,
+            **{name: CODES[getattr(p, name)] for name in ("weight", "bias", "scale", "shift")},
+        }  # fmt: skip
+        for array in SHAPED:
+            if array in p.walks:
+                values |= {f"{array}_{axis}": step for axis, step in zip("ncs", p.walks[array], strict=True)}
+        for field_name, value in values.items():
+            record[field_name] = value
+        return Launch(name, record, record.ctypes.data, tasks, threads)
+
+    def plan(self, whole: bool, reasons: list[str], launches: list[Launch], work: int, sums: int, rows: int = 0) -> Plan:
+        p = self.problem
+        backward = p.task == "backward"
+        if backward and any((p.weight, p.bias, p.scale, p.shift)):
+            tasks = -(-p.C // parameters.CHANNELS_PER_TASK)
+            threads = 1 if p.N * p.C < _SERIAL else launches[0].threads
+            launches = [*launches, self.launch("parameters", 0, tasks, 1, threads, parameters.parameters_kernel())]
+        stream = p.task != "moments" and p.N * p.C * p.S * p.itemsize >= _STREAM
+        statistics = None
+        if backward and not p.stats and not whole:
+            moments = replace(p, task="moments", walks={"x": p.walks["x"]}, activation=None, weight=None, bias=None,
+                              scale=None, shift=None)  # fmt: skip
+            statistics = make_plan(moments, max(launch.threads for launch in launches))
+            for launch in launches:
+                launch.record["stats"] = 1
+        return Plan(p, "whole" if whole else "phases", tuple(reasons), tuple(launches), work, sums if backward else 0, rows,
+                    statistics, stream)  # fmt: skip
+
+
+def _threads(p: Problem, num_threads: int) -> int:
+    return max(1, min(num_threads, p.N * p.C * p.S // _SERIAL))
+
+
+def _balanced(pieces: int, threads: int) -> bool:
+    """Whether whole pieces keep the threads busy: the busiest has at most a fifth more than its share."""
+    return -(-pieces // threads) * threads <= 1.2 * pieces
+
+
+def _per_task(pieces: int, elements: int, threads: int) -> int:
+    """Pieces of `elements` elements in a task: enough to be worth taking, few enough to share out evenly."""
+    worth = -(-_TASK // max(elements, 1))
+    return max(1, min(worth, -(-pieces // (_TASKS_PER_THREAD * threads)))) if threads > 1 else pieces
+
+
+def _slab(p: Problem) -> int:
+    """Channels of a slab: whole groups and whole vectors, as many as keep the slab's data in the L2 cache; all where no slab fits
+    or where the last group is larger than the others."""
+    arrays = 2 if p.task == "backward" else 1
+    smallest = int(np.lcm(p.D, LANES * max(1, 64 // (LANES * p.itemsize))))
+    bytes_of_channel = p.S * p.itemsize * arrays
+    if p.uneven or p.C % smallest or smallest * bytes_of_channel > CACHES.l2:
+        return p.C
+    slab = smallest
+    while p.C % (slab * 2) == 0 and slab * 2 * bytes_of_channel <= CACHES.l2:
+        slab *= 2
+    return slab
