@@ -7,8 +7,8 @@ How a group is cut depends on its shape alone, never on the batch or on threads,
 - a *task* is `p.per_task` units, numbered through all groups. With whole groups as tasks one launch does everything while a group
   is in cache; with few large groups, one launch takes the moments of the units and a second applies them.
 
-The matching phases are MOMENTS and APPLY for forward, SUMS and APPLY for backward; `MOMENTS + APPLY` in one launch is the road
-of whole groups.
+The matching phases are MOMENTS and APPLY for forward, SUMS, MERGE (by group) and APPLY for backward; their sum, in one launch, is
+the road of whole groups.
 """
 
 from functools import cache
@@ -18,27 +18,22 @@ import numpy as np
 
 from groupnorm._engines.cpu.compiler import compiled, inlined, jitted
 from groupnorm._engines.cpu.epilogue import activate, activation, slope
+from groupnorm._engines.cpu.groups import close_sums, group_channels
 from groupnorm._engines.cpu.memory import (
     BOOL, FLOAT32, FLOAT64, NONE, elements_to_line, fence, load, load_first, load_one, one_lane, pointer, store, store_first,
     store_one, stream, zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
 from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total
-from groupnorm._engines.cpu.statistics import chunk_moments, count_real, merge, moments_by_element, out_of_range
+from groupnorm._engines.cpu.statistics import chunk_moments, merge, moments_by_element, out_of_range
 
-__all__ = ["APPLY", "MOMENTS", "SUMS", "backward_kernel", "forward_kernel"]
+__all__ = ["APPLY", "MERGE", "MOMENTS", "SUMS", "backward_kernel", "forward_kernel"]
 
 MOMENTS = SUMS = 1  # what a launch does first
-APPLY = 2
+APPLY, MERGE = 2, 4
 
 
 # ---- how a group is cut ----------------------------------------------------------------------------------------------
-
-
-@jitted
-def group_channels(p, g):  # type: ignore[no-untyped-def]
-    """First channel of group g, and the one after its last."""
-    return g * p.D, p.C if g == p.G - 1 else (g + 1) * p.D
 
 
 @jitted
@@ -222,8 +217,8 @@ def _deviation(x, mask, xa, ma, count, m):  # type: ignore[no-untyped-def]
 
 @jitted
 def _sums_run(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, a, b):  # type: ignore[no-untyped-def]
-    """The sums of dz and dz*(x - mean) over a run of one channel."""
-    p0 = p1 = q0 = q1 = zeros(x)
+    """The sums of dz, dz*d and d over a run of one channel, d = x - mean."""
+    p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
     done = 0
     for _ in range(length // (2 * LANES)):
         d = load(x, xa + done) - m
@@ -232,6 +227,7 @@ def _sums_run(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, a, b):  # t
         dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
         p0 += dz
         q0 = fma(dz, d, q0)
+        e0 += d
         done += LANES
         d = load(x, xa + done) - m
         if mask is not None:
@@ -239,6 +235,7 @@ def _sums_run(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, a, b):  # t
         dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
         p1 += dz
         q1 = fma(dz, d, q1)
+        e1 += d
         done += LANES
     while done < length:
         rest = length - done
@@ -246,8 +243,9 @@ def _sums_run(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, a, b):  # t
         dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, rest, a, b)
         p0 += dz
         q0 = fma(dz, d, q0)
+        e0 += d
         done += LANES
-    return total(p0 + p1), total(q0 + q1)
+    return total(p0 + p1), total(q0 + q1), total(e0 + e1)
 
 
 @inlined
@@ -289,50 +287,39 @@ def _dx_run(x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, l
 
 @jitted
 def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r):  # type: ignore[no-untyped-def]
-    """Write the sums of dz and dz*xhat of each channel of a unit."""
+    """Write the sums of dz, dz*d and d of each channel of a unit, d = x - mean."""
     sums = pointer(a.sums, FLOAT64)
     c, channels, start, length = unit_extent(p, g, unit)
     for channel in range(c, c + channels):
         factor, summand = channel_affine(p, a, n, channel)
-        s_dz = s_dzd = 0.0
+        s_dz = s_dzd = s_d = 0.0
         for i in range(start, start + length, p.chunk):
-            s0, s1 = _sums_run(
+            s0, s1, s2 = _sums_run(
                 x, dy, residual, mask, act, n * p.x_n + channel * p.x_c + i, n * p.dy_n + channel * p.dy_c + i,
                 n * p.residual_n + channel * p.residual_c + i, n * p.S + i, min(p.chunk, start + length - i),
                 one_lane(x, m), one_lane(x, factor * r), one_lane(x, summand),
             )  # fmt: skip
             s_dz += s0
             s_dzd += s1
+            s_d += s2
         at = n * p.sum_n + channel * p.sum_c + unit % p.parts * p.sum_part
         store_one(sums, at, s_dz)
-        store_one(sums, at + p.sum_next, s_dzd * r)
+        store_one(sums, at + p.sum_next, s_dzd)
+        store_one(sums, at + 2 * p.sum_next, s_d)
 
 
 @jitted
-def group_sums(p, a, n, g):  # type: ignore[no-untyped-def]
-    """The sums of dxhat and dxhat*xhat over a group, from the sums of its channels."""
-    sums = pointer(a.sums, FLOAT64)
-    first, last = group_channels(p, g)
-    s1 = s2 = 0.0
-    for channel in range(first, last):
-        factor, _ = channel_affine(p, a, n, channel)
-        for part in range(p.parts):
-            at = n * p.sum_n + channel * p.sum_c + part * p.sum_part
-            s1 += factor * load_one(sums, at)
-            s2 += factor * load_one(sums, at + p.sum_next)
-    return s1, s2
-
-
-@jitted
-def real_positions(p, mask, n):  # type: ignore[no-untyped-def]
-    """Positions of sample n that enter the statistics."""
-    if mask is None:
-        return np.float64(p.S)
-    return count_real(mask, n * p.S, p.S)
+def _group_totals(p, a, mask, n, g, r):  # type: ignore[no-untyped-def]
+    """Close the sums of a group, and keep k2 and k3 of dx = dz*k1 + (x - mean)*k2 + k3 for its units."""
+    k2, k3 = close_sums(p, a, mask, n, g, r)
+    work = pointer(a.work, FLOAT64)
+    store_one(work, (n * p.G + g) * 2, k2)
+    store_one(work, (n * p.G + g) * 2 + 1, k3)
 
 
 @jitted
 def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task):  # type: ignore[no-untyped-def]
+    work = pointer(a.work, FLOAT64)
     first = task * p.per_task
     m = r = k2 = k3 = 0.0
     for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
@@ -348,14 +335,16 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
         if p.phase == SUMS:
             _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r)
             continue
+        if p.phase == MERGE:
+            if unit == 0:
+                _group_totals(p, a, mask, n, g, r)
+            continue
         if unit == 0 or index == first:
             if p.phase != APPLY:
                 for u in range(p.units):
                     _unit_sums(p, a, x, dy, residual, mask, act, n, g, u, m, r)
-            s1, s2 = group_sums(p, a, n, g)
-            lo, hi = group_channels(p, g)
-            count = max(real_positions(p, mask, n) * (hi - lo), 1.0)
-            k2, k3 = -r * r * s2 / count, -r * s1 / count
+                _group_totals(p, a, mask, n, g, r)
+            k2, k3 = load_one(work, group * 2), load_one(work, group * 2 + 1)
         c, channels, start, length = unit_extent(p, g, unit)
         for channel in range(c, c + channels):
             factor, summand = channel_affine(p, a, n, channel)

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from groupnorm._engines.cpu.channels_first import APPLY, MOMENTS, SUMS, group_channels, group_sums, real_positions
+from groupnorm._engines.cpu.channels_first import APPLY, MERGE, MOMENTS, SUMS
 from groupnorm._engines.cpu.compiler import compiled, inlined, jitted
 from groupnorm._engines.cpu.epilogue import activate, activation, slope
+from groupnorm._engines.cpu.groups import close_sums, group_channels, real_positions
 from groupnorm._engines.cpu.memory import (
     BOOL, FLOAT32, FLOAT64, NONE, elements_to_line, fence, load, load_first, load_one, one_lane, pointer, prefetch,
     store_first, store_one, stream, zeros,
@@ -30,7 +31,7 @@ from groupnorm._engines.cpu.statistics import count_real, moments_by_element, ou
 
 __all__ = ["BLOCK", "FORWARD_PLANES", "BACKWARD_PLANES", "MERGE", "PLANES", "backward_kernel", "forward_kernel"]
 
-MERGE, PLANES = 4, 8  # PLANES: backward in phases, before SUMS
+PLANES = 8  # PLANES: backward in phases, before SUMS
 BLOCK = 128  # rows of a block: 4 vectors of 128 rows are 32 KB of float32, which the second reading finds in L1 or L2
 FORWARD_PLANES, BACKWARD_PLANES = 3, 5
 
@@ -353,7 +354,7 @@ def _dz_vector(p, x, dy, residual, mask, act, rows_, n, row, c, plane, lanes):  
 
 @jitted
 def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):  # type: ignore[no-untyped-def]
-    """The sums of dz and dz*(x - mean) of channels c0..c1 over a unit's rows; block by block in lanes, then in float64."""
+    """The sums of dz, dz*d and d of channels c0..c1 over a unit's rows, d = x - mean; by blocks in lanes, then in float64."""
     sums = pointer(a.sums, FLOAT64)
     plane = n * BACKWARD_PLANES * p.C
     to = n * p.sum_n + unit * p.sum_part
@@ -363,39 +364,44 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):  # typ
         end = min(row + BLOCK, last)
         c = c0
         while c + 2 * LANES <= c1:
-            p0 = p1 = q0 = q1 = zeros(x)
+            p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
             for r in range(row, end):
                 if _is_real(mask, n * p.S + r):
                     d, dz = _dz_vector(p, x, dy, residual, mask, act, rows_, n, r, c, plane, LANES)
                     p0 += dz
                     q0 = fma(dz, d, q0)
+                    e0 += d
                     d, dz = _dz_vector(p, x, dy, residual, mask, act, rows_, n, r, c + LANES, plane, LANES)
                     p1 += dz
                     q1 = fma(dz, d, q1)
-            _add_sums(sums, to + c, p.sum_next, p0, q0, row == first, LANES)
-            _add_sums(sums, to + c + LANES, p.sum_next, p1, q1, row == first, LANES)
+                    e1 += d
+            _add_sums(sums, to + c, p.sum_next, p0, q0, e0, row == first, LANES)
+            _add_sums(sums, to + c + LANES, p.sum_next, p1, q1, e1, row == first, LANES)
             c += 2 * LANES
         while c < c1:
             lanes = min(LANES, c1 - c)
-            p0 = q0 = zeros(x)
+            p0 = q0 = e0 = zeros(x)
             for r in range(row, end):
                 if _is_real(mask, n * p.S + r):
                     d, dz = _dz_vector(p, x, dy, residual, mask, act, rows_, n, r, c, plane, lanes)
                     p0 += dz
                     q0 = fma(dz, d, q0)
-            _add_sums(sums, to + c, p.sum_next, p0, q0, row == first, lanes)
+                    e0 += d
+            _add_sums(sums, to + c, p.sum_next, p0, q0, e0, row == first, lanes)
             c += LANES
 
 
 @jitted
-def _add_sums(sums, at, next_, s_dz, s_dzd, starts, lanes):  # type: ignore[no-untyped-def]
+def _add_sums(sums, at, next_, s_dz, s_dzd, s_d, starts, lanes):  # type: ignore[no-untyped-def]
     """Add a block's sums to a unit's, or start the unit with them."""
-    wide_dz, wide_dzd = widen(s_dz), widen(s_dzd)
+    wide_dz, wide_dzd, wide_d = widen(s_dz), widen(s_dzd), widen(s_d)
     if not starts:
         wide_dz = wide_dz + load_first(sums, at, lanes)
         wide_dzd = wide_dzd + load_first(sums, at + next_, lanes)
+        wide_d = wide_d + load_first(sums, at + 2 * next_, lanes)
     store_first(sums, at, wide_dz, lanes)
     store_first(sums, at + next_, wide_dzd, lanes)
+    store_first(sums, at + 2 * next_, wide_d, lanes)
 
 
 @jitted
@@ -429,26 +435,17 @@ def _mean_rstd(p, a, x, mask, mean, rstd, n, g, rows):  # type: ignore[no-untype
 
 @jitted
 def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):  # type: ignore[no-untyped-def]
-    """From the sums of dz*(x - mean) to those of dz*xhat, in place, and to the planes k2, k3 of channels c0..c1."""
-    sums = pointer(a.sums, FLOAT64)
-    real = real_positions(p, mask, n)
+    """Close the sums of the groups in channels c0..c1, and fill their planes k2 and k3."""
     at = n * BACKWARD_PLANES * p.C
-    rows = real
     for g in range(c0 // p.D, p.G):
         first, last = group_channels(p, g)
         if first >= c1:
             break
-        _, r = _mean_rstd(p, a, x, mask, mean, rstd, n, g, rows)
-        for part in range(p.parts):
-            i = n * p.sum_n + part * p.sum_part + p.sum_next
-            for c in range(first, last):
-                store_one(sums, i + c, load_one(sums, i + c) * r)
-        s1, s2 = group_sums(p, a, n, g)
-        count = max(real * (last - first), 1.0)
-        k2, k3 = one_lane(rows_, -r * r * s2 / count), one_lane(rows_, -r * s1 / count)
+        _, r = _mean_rstd(p, a, x, mask, mean, rstd, n, g, real_positions(p, mask, n))
+        k2, k3 = close_sums(p, a, mask, n, g, r)
         for c in range(first, last):
-            store_one(rows_, at + 3 * p.C + c, k2)
-            store_one(rows_, at + 4 * p.C + c, k3)
+            store_one(rows_, at + 3 * p.C + c, one_lane(rows_, k2))
+            store_one(rows_, at + 4 * p.C + c, one_lane(rows_, k3))
 
 
 @inlined

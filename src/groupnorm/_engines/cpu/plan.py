@@ -80,7 +80,7 @@ def _first(p: Problem, num_threads: int) -> Plan:
     unit = max(1, _UNIT // p.S) if parts == 1 else 1
     units = -(-last_channels // unit) * parts
     cut = {"unit": unit, "parts": parts, "units": units, "chunk": 2048 if p.dtype == "float64" else 4096,
-           "sum_n": p.C * parts * 2, "sum_c": parts * 2, "sum_part": 2, "sum_next": 1}  # fmt: skip
+           "sum_n": p.C * parts * 3, "sum_c": parts * 3, "sum_part": 3, "sum_next": 1}  # fmt: skip
     threads = _threads(p, num_threads)
     groups = p.N * p.G
     whole = _balanced(groups, threads)
@@ -92,12 +92,13 @@ def _first(p: Problem, num_threads: int) -> Plan:
     by_group = (-(-groups // groups_per_task), groups_per_task * units)
     by_unit = (-(-groups * units // units_per_task), units_per_task)
     backward = p.task == "backward"
-    both = channels_first.MOMENTS + channels_first.APPLY
+    both = channels_first.MOMENTS + channels_first.MERGE + channels_first.APPLY
     if whole:
         reasons.append("groups keep all threads busy: each is taken through all phases while it is in cache")
         launches = [maker.launch("groups", both, *by_group, threads)]
     elif backward:
         launches = [maker.launch("sums", channels_first.SUMS, *by_unit, threads),
+                    maker.launch("merge", channels_first.MERGE, *by_group, threads),
                     maker.launch("gradient", channels_first.APPLY, *by_unit, threads)]  # fmt: skip
     elif p.task == "normalize":
         launches = [maker.launch("normalize", channels_first.APPLY, *by_unit, threads)]
@@ -105,7 +106,8 @@ def _first(p: Problem, num_threads: int) -> Plan:
         launches = [maker.launch("moments", channels_first.MOMENTS, *by_unit, threads)]
         step = by_group if p.task == "moments" else by_unit
         launches.append(maker.launch("normalize", channels_first.APPLY, *step, threads))
-    return maker.plan(whole, reasons, launches, work=0 if whole else groups * units * 4, sums=p.N * p.C * parts * 2)
+    return maker.plan(whole, reasons, launches, work=groups * 2 if backward else 0 if whole else groups * units * 4,
+                      sums=p.N * p.C * parts * 3)  # fmt: skip
 
 
 def _last(p: Problem, num_threads: int) -> Plan:
@@ -114,7 +116,7 @@ def _last(p: Problem, num_threads: int) -> Plan:
     units = -(-p.S // unit)
     slab = _slab(p)
     cut = {"unit": unit, "units": units, "parts": units, "slab": slab,
-           "sum_n": units * 2 * p.C, "sum_c": 1, "sum_part": 2 * p.C, "sum_next": p.C}  # fmt: skip
+           "sum_n": units * 3 * p.C, "sum_c": 1, "sum_part": 3 * p.C, "sum_next": p.C}  # fmt: skip
     threads = _threads(p, num_threads)
     slabs = p.N * max(p.C // slab, 1)
     whole = _balanced(slabs, threads)
@@ -140,7 +142,7 @@ def _last(p: Problem, num_threads: int) -> Plan:
             launches.append(maker.launch("normalize", apply, *by_unit, threads))
     planes = channels_last.BACKWARD_PLANES if backward else channels_last.FORWARD_PLANES
     return maker.plan(whole, reasons, launches, work=0 if p.stats or p.task == "normalize" else p.N * units * 2 * p.C,
-                      sums=p.N * units * 2 * p.C, rows=0 if p.task == "moments" else p.N * planes * p.C)  # fmt: skip
+                      sums=p.N * units * 3 * p.C, rows=0 if p.task == "moments" else p.N * planes * p.C)  # fmt: skip
 
 
 class _Maker:

@@ -1,0 +1,54 @@
+"""What both layouts know about a group: its channels, its count, and how the sums of backward are closed."""
+
+import numpy as np
+
+from groupnorm._engines.cpu.compiler import jitted
+from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer, store_one
+from groupnorm._engines.cpu.records import channel_affine
+from groupnorm._engines.cpu.statistics import count_real
+
+__all__ = ["close_sums", "group_channels", "real_positions"]
+
+
+@jitted
+def group_channels(p, g):  # type: ignore[no-untyped-def]
+    """First channel of group g, and the one after its last."""
+    return g * p.D, p.C if g == p.G - 1 else (g + 1) * p.D
+
+
+@jitted
+def real_positions(p, mask, n):  # type: ignore[no-untyped-def]
+    """Positions of sample n that enter the statistics."""
+    if mask is None:
+        return np.float64(p.S)
+    return count_real(mask, n * p.S, p.S)
+
+
+@jitted
+def close_sums(p, a, mask, n, g, r):  # type: ignore[no-untyped-def]
+    """From the sums of dz, dz*d and d of a group's channels to those of dz*xhat, in place, and to k2 and k3 of equation (14),
+    dx = dz*k1 + d*k2 + k3, where d = x - mean.
+
+    The mean at hand is rounded to its type, an error of up to |mean|*2^-24 that would be magnified by rstd; the sum of d tells
+    what was lost, so that xhat is (d - lost)*rstd.
+    """
+    sums = pointer(a.sums, FLOAT64)
+    first, last = group_channels(p, g)
+    count = max(real_positions(p, mask, n) * (last - first), 1.0)
+    lost = 0.0
+    for c in range(first, last):
+        for part in range(p.parts):
+            lost += load_one(sums, n * p.sum_n + c * p.sum_c + part * p.sum_part + 2 * p.sum_next)
+    lost /= count
+    s1 = s2 = 0.0
+    for c in range(first, last):
+        factor, _ = channel_affine(p, a, n, c)
+        for part in range(p.parts):
+            at = n * p.sum_n + c * p.sum_c + part * p.sum_part
+            s_dz = load_one(sums, at)
+            s_dzh = (load_one(sums, at + p.sum_next) - lost * s_dz) * r
+            store_one(sums, at + p.sum_next, s_dzh)
+            s1 += factor * s_dz
+            s2 += factor * s_dzh
+    k2 = -r * r * s2 / count
+    return k2, -r * s1 / count - k2 * lost
