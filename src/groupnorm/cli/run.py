@@ -11,7 +11,9 @@ import typer
 import groupnorm as gn
 from groupnorm.files import Report, group_norm_file
 
-__all__ = ["run"]
+__all__ = ["EXAMPLE", "run"]
+
+EXAMPLE = "groupnorm run x.npy --groups 32 -o y.npy --weight model.safetensors:norm.weight --activation silu"
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -43,8 +45,6 @@ def run(
 
     The output appears whole or not at all. At the end it says what was read and written, and whether the disk or the
     memory was the bound.
-
-    Example: groupnorm run x.npy --groups 32 -o y.npy --weight model.safetensors:norm.weight --activation silu
     """
     if threads is not None:
         gn.set_num_threads(threads)

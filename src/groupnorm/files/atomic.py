@@ -26,7 +26,7 @@ SUFFIX = ".groupnorm-partial"  # temporary names are .TARGET.RANDOM + SUFFIX
 
 
 class PendingFile:
-    """A file on its way to `target`: write to `file`, then `finish`, then `commit`; `discard` in any case.
+    """A file on its way to `target`: write to `file`, then `commit`; `discard` in any case.
 
     A link is followed: its target is what will be replaced. Raises FileError where the folder is not there or not
     writable, or where something that is no file has the name.

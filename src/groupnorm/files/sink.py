@@ -37,7 +37,7 @@ class Sink:
 
     def __init__(self, location: str | os.PathLike[str], form: Form, member: str):
         path, named = locate(location)
-        self._format, self._unsynced = path.suffix.lower(), 0
+        self._format, self._missing, self._unsynced = path.suffix.lower(), form.nbytes, 0
         self._archive: Any = None
         name = named or member
         if self._format == ".safetensors" and form.fortran:
@@ -68,6 +68,7 @@ class Sink:
         view = memoryview(elements.view(np.uint8))
         with self.pending.writing():
             self._file.write(view)
+            self._missing -= len(view)
             self._unsynced += len(view)
             if self._unsynced >= _SYNC:  # else the last fsync has everything to do, and nothing to overlap with
                 self._unsynced = 0
@@ -75,12 +76,15 @@ class Sink:
                 getattr(os, "fdatasync", os.fsync)(self.pending.file.fileno())
 
     def finish(self) -> None:
-        """Complete the file and bring it to the disk."""
+        """Complete the file; `commit` brings it to the disk."""
+        if self._missing:
+            raise FileError(
+                f"{self.pending.what}: {self._missing} bytes of it were not computed; a mistake of groupnorm"
+            )
         with self.pending.writing():
             if self._format == ".npz":
                 self._file.close()
                 self._archive.close()
-        self.pending.finish()
 
     def discard(self) -> None:
         """Remove what was written, unless it was committed."""
@@ -93,7 +97,7 @@ class Sink:
 
 
 def write_arrays(pending: PendingFile, format_: str, arrays: dict[str, Any]) -> None:
-    """Write small arrays, by name, as .npz or .safetensors, and bring them to the disk."""
+    """Write small arrays, by name, as .npz or .safetensors."""
     with pending.writing():
         if format_ == ".npz":
             stored = {
@@ -102,7 +106,6 @@ def write_arrays(pending: PendingFile, format_: str, arrays: dict[str, Any]) -> 
             np.savez(pending.file, allow_pickle=False, **stored)
         else:
             pending.file.write(safetensors.numpy.save(arrays))
-    pending.finish()
 
 
 def _safetensors_header(form: Form, name: str) -> bytes:

@@ -1,9 +1,8 @@
 """What is computed on one box of a file: a whole unit in one pass, or the pieces of a unit in several.
 
-Forward in pieces: the Moments of every piece, merged, then `normalize`. Backward in pieces needs, beside the Moments,
-the two sums over a group in equation (14) of `groupnorm.reference`. Both follow from the dweight and dbias of the
-pieces, for sum(dxhat) = sum over channels of weight*dbias, and sum(dxhat*xhat) = sum over channels of weight*dweight.
-The dx of a piece, which its own sums went into, is then corrected by the difference, which is linear in xhat.
+Forward in pieces: the Moments of every piece, merged, then `normalize`. Backward in pieces: the Moments, then the two
+sums over a group in equation (14) of `groupnorm.reference`, then dx by that equation. dz, which both need, is the
+dresidual of a call whose residual is z: every engine knows the slopes of the activations, so they are not written here.
 """
 
 from typing import Any
@@ -68,9 +67,10 @@ class Work:
         found = group_norm(
             x, groups, *self._affine(channels), out=y, return_stats=self.stats is not None, **self._options()
         )
-        if self.stats is not None:
-            y, mean, rstd = found
-            self._keep(box, mean, rstd)
+        if self.stats is None:
+            return found
+        y, mean, rstd = found
+        self._keep(box, mean, rstd)
         return y
 
     def backward(self, box: Box, x: Array, dy: Array) -> Array:
@@ -108,40 +108,46 @@ class Work:
     def add_up(self, box: Box, x: Array, dy: Array) -> None:
         """Second pass, backward: the sums of a piece, and its share of dweight and dbias."""
         channels = slice(*box[self._grid.channel])
+        axes = tuple(i for i in range(x.ndim) if i != self._channel_axis % x.ndim)
         for n in range(len(x)):
-            found, sums = self._piece(box, n, x[n : n + 1], dy[n : n + 1])
-            self._sums[(slice(None), *self._at(box, n))] += sums[:, None]
-            self.dweight[channels] += found.dweight
-            self.dbias[channels] += found.dbias
+            dz, xhat = self._piece(box, n, x, dy)
+            shares = [np.sum(dz, axes, np.float64), np.sum(np.multiply(dz, xhat, out=xhat), axes, np.float64)]
+            self.dbias[channels] += shares[0]
+            self.dweight[channels] += shares[1]
+            for total, share in zip(self._sums, shares, strict=True):
+                total[self._at(box, n)] += np.add.reduceat(self._weight64[channels] * share, self._starts(box))
 
     def correct(self, box: Box, x: Array, dy: Array) -> Array:
-        """Last pass, backward: dx of a piece."""
+        """Last pass, backward: dx of a piece, by equation (14)."""
         self._keep_piece(box)
-        m = self._moments_at(box)
-        wide = np.float32 if x.dtype.itemsize == 2 else x.dtype  # dx is rounded to 16 bits once, after the correction
         dx = np.empty_like(x)
+        weight = self._weight64[slice(*box[self._grid.channel])]
         for n in range(len(x)):
-            part = x[n : n + 1].astype(wide)
-            found, own_sums = self._piece(box, n, part, dy[n : n + 1].astype(wide, copy=False))
-            elements = x[0].size * self._per_group(box) / x.shape[self._channel_axis]  # of each group in this piece
-            excess = own_sums / elements - self._sums[(slice(None), *self._at(box, n))][:, 0] / m.count[n]
-            rstd = m.rstd(self._eps)[n]
-            part -= self._spread(box, m.mean[n], part)  # in place, from x to the correction to dx
-            part *= self._spread(box, rstd * rstd * excess[1], part)
-            part += self._spread(box, rstd * excess[0], part)
-            part += found.dx
-            dx[n] = part[0].astype(x.dtype)
+            dz, xhat = self._piece(box, n, x, dy)
+            at, m = self._at(box, n), self._moments_at(box, n)
+            s1, s2 = (total[at][0] / m.count[0] for total in self._sums)
+            dz = dz * self._along_channels(weight, dz)  # dxhat; a new array, for dz may be dy itself
+            dz -= self._along_channels(self._per_channel(box, s1), dz)
+            dz -= np.multiply(xhat, self._along_channels(self._per_channel(box, s2), dz), out=xhat)
+            dz *= self._along_channels(self._per_channel(box, m.rstd(self._eps)[0]), dz)
+            dx[n] = dz[0].astype(x.dtype)
         return dx
 
-    def _piece(self, box: Box, n: int, x: Array, dy: Array) -> tuple[Any, Array]:
-        """All gradients of sample n of a piece, given alone, and its two sums, (2, groups)."""
-        channels = slice(*box[self._grid.channel])
-        m = self._moments_at(box)
-        mean, rstd = (a[n : n + 1].astype(self._stats_dtype) for a in (m.mean, m.rstd(self._eps)))
-        weight, bias = self._weight64[channels], self._bias64[channels]
-        found: Any = group_norm_vjp(dy, x, self._groups(box), weight, bias, mean=mean, rstd=rstd, **self._options())
-        starts = self._starts(box)
-        return found, np.stack([np.add.reduceat(weight * d, starts) for d in (found.dbias, found.dweight)])
+    def _piece(self, box: Box, n: int, x: Array, dy: Array) -> tuple[Array, Array]:
+        """dz and xhat of sample n of a piece; of 16-bit values as float32, so that dx is rounded only once."""
+        wide = np.float32 if x.dtype.itemsize == 2 else x.dtype
+        x, dy = (a[n : n + 1].astype(wide, copy=False) for a in (x, dy))
+        m, channels = self._moments_at(box, n), slice(*box[self._grid.channel])
+        options: dict[str, Any] = {"layout": self._layout, "uneven": self._uneven}
+        xhat = normalize(x, m, eps=self._eps, **options)
+        if self._activation is None:
+            return dy, xhat
+        z = normalize(x, m, *self._affine(channels), eps=self._eps, **options)
+        nothing = np.zeros(x.shape[self._channel_axis])  # the weight of a call whose z is its residual
+        found: Any = group_norm_vjp(
+            dy, x, self._groups(box), nothing, residual=z, activation=self._activation, **options
+        )
+        return found.dresidual, xhat
 
     # ---- where things are --------------------------------------------------------------------------------------------
 
@@ -166,8 +172,8 @@ class Work:
         first, last = (g - self._g0 for g in self._grid.groups(box))
         return (slice(start, stop) if n is None else slice(start + n, start + n + 1)), slice(first, last)
 
-    def _moments_at(self, box: Box) -> Moments:
-        m, at = self._moments, self._at(box)
+    def _moments_at(self, box: Box, n: int | None = None) -> Moments:
+        m, at = self._moments, self._at(box, n)
         return Moments(m.count[at], m.mean[at], m.m2[at])
 
     def _starts(self, box: Box) -> Array:
@@ -176,16 +182,16 @@ class Work:
         first, last = self._grid.groups(box)
         return np.maximum(np.array(self._grid.edges[first:last]) - start, 0)
 
-    def _per_group(self, box: Box) -> Array:
-        """Channels of each group of a piece."""
+    def _per_channel(self, box: Box, values: Array) -> Array:
+        """One value for each group of a piece as one for each channel."""
         start, stop = box[self._grid.channel]
-        return np.diff([*self._starts(box), stop - start])
+        return np.repeat(values, np.diff([*self._starts(box), stop - start]))
 
-    def _spread(self, box: Box, values: Array, like: Array) -> Array:
-        """One value for each group as one for each channel, shaped to go with `like`."""
+    def _along_channels(self, values: Array, like: Array) -> Array:
+        """One value for each channel, shaped and typed to go with `like`."""
         shape = [1] * like.ndim
         shape[self._channel_axis] = -1
-        return np.repeat(values, self._per_group(box)).astype(like.dtype).reshape(shape)
+        return values.astype(like.dtype).reshape(shape)
 
     def _keep(self, box: Box, mean: Array, rstd: Array) -> None:
         assert self.stats is not None
