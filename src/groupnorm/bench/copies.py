@@ -4,7 +4,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module, util
 from itertools import pairwise
-from itertools import pairwise
 from typing import Any
 
 import numpy as np

@@ -1,12 +1,15 @@
 """Real feature maps from a photograph: the filters that the first layer of a trained network and an eye have in common.
 
-Forty-eight channels: for each of three colour axes (luminance, red against green, blue against yellow) and two
-scales, six oriented Gabor filters, one difference of Gaussians, and one Gaussian. The last keeps the mean of the
-picture, as channels of real networks do; so the groups differ in mean and in spread by orders of magnitude, which is
-what normalisation is for. Sources: Daugman 1985 for Gabor filters, Marr and Hildreth 1980 for the difference of
-Gaussians, Ruderman et al. 1998 for the axes.
+Forty-eight channels: on each of three colour axes (luminance, red against green, blue against yellow) and at two
+scales, six oriented Gabor filters, one difference of Gaussians, and one Gaussian. Both scales of a filter stand side
+by side, and make a group of two channels. The Gaussians keep the mean of the picture; so groups differ in mean and in
+spread by orders of magnitude, as those of real networks do, which is what normalisation is for.
+
+Sources: Daugman 1985 for Gabor filters, Marr and Hildreth 1980 for the difference of Gaussians, Ruderman
+et al. 1998 for the colour axes.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ Array = Any
 _AXES = {"luminance": (0.299, 0.587, 0.114), "red-green": (0.5, -0.5, 0.0), "blue-yellow": (-0.25, -0.25, 0.5)}
 _SIGMAS = (1.5, 3.5)  # pixels
 _ANGLES = 6
+_MARGIN = 20  # pixels of reflection around the picture: products of spectra wrap around its borders
 CHANNELS = len(_AXES) * len(_SIGMAS) * (_ANGLES + 2)
 
 
@@ -50,41 +54,54 @@ def stand_in(height: int = 600, width: int = 512) -> Array:
     return np.moveaxis((picture - low) / (high - low), 0, 2).astype(np.float32)
 
 
-def crops(picture: Array, side: int = 256) -> Array:
-    """(4, side, side, 3): the four corners, which overlap where the picture is small."""
-    top, left = (slice(0, side), slice(0, side)), (slice(-side, None), slice(-side, None))
-    return np.stack([picture[rows, columns] for rows in (top[0], left[0]) for columns in (top[1], left[1])])
+def crops(picture: Array, side: int) -> Array:
+    """(4, side, side, ...): the four corners of an array (height, width, ...), which overlap where it is small."""
+    ends = (slice(None, side), slice(-side, None))
+    return np.stack([picture[rows, columns] for rows in ends for columns in ends])
 
 
-def feature_maps(pictures: Array) -> Array:
-    """(N, 48, side, side) float32 from (N, side, side, 3): every filter on its colour axis, by products of spectra."""
-    n, height, width, _ = pictures.shape
-    maps = np.empty((n, CHANNELS, height, width), np.float32)
-    spectra = {axis: np.fft.rfft2(pictures @ np.array(mix, np.float32)) for axis, mix in _AXES.items()}
-    for i, (axis, transfer) in enumerate(_bank(height, width)):
-        maps[:, i] = np.fft.irfft2(spectra[axis] * transfer, (height, width))
+def feature_maps(picture: Array, side: int) -> Array:
+    """(4, 48, side, side) float32: every filter on its colour axis of the whole picture, then the corners."""
+    height, width, _ = picture.shape
+    padded = np.pad(picture, ((_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0)), "reflect")
+    size = padded.shape[:2]
+    spectra = {axis: np.fft.rfft2(padded @ np.array(mix, np.float32)) for axis, mix in _AXES.items()}
+    maps = np.empty((4, CHANNELS, side, side), np.float32)
+    for i, (axis, transfer) in enumerate(_bank(*size)):
+        whole = np.fft.irfft2(spectra[axis] * transfer, size)
+        maps[:, i] = crops(whole[_MARGIN : _MARGIN + height, _MARGIN : _MARGIN + width], side)
     return maps
 
 
 def channel_names() -> list[str]:
-    """What each channel responds to, in order."""
+    """What each channel responds to, in order; neighbours 2i and 2i + 1 are one filter at both scales."""
     kinds = [f"{180 * a // _ANGLES}°" for a in range(_ANGLES)] + ["spot", "blur"]
-    return [f"{axis}, {kind}, {sigma} px" for axis in _AXES for sigma in _SIGMAS for kind in kinds]
+    return [f"{axis}, {kind}, {sigma} px" for axis in _AXES for kind in kinds for sigma in _SIGMAS]
 
 
-def _bank(height: int, width: int) -> Any:
-    """Colour axis and transfer function of each filter. A Gabor filter is a pair of Gaussian bumps in the spectrum."""
-    fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
+def _bank(height: int, width: int) -> Iterator[tuple[str, Array]]:
+    """Colour axis and transfer function of each filter, in the order of `channel_names`."""
+    f = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
     for axis in _AXES:
+        for angle in range(_ANGLES):
+            for sigma in _SIGMAS:
+                yield axis, _gabor(*f, sigma, np.pi * angle / _ANGLES)
         for sigma in _SIGMAS:
-            spread = 1 / (2 * np.pi * sigma)
-            gauss = np.exp(-(fx**2 + fy**2) / (2 * spread**2))
-            centre = 1.5 * spread  # a wavelength of about four sigma: one and a half waves under the envelope
-            for a in range(_ANGLES):
-                u, v = centre * np.cos(np.pi * a / _ANGLES), centre * np.sin(np.pi * a / _ANGLES)
-                bumps = [np.exp(-((fx - s * u) ** 2 + (fy - s * v) ** 2) / (2 * (spread / 2) ** 2)) for s in (1, -1)]
-                odd = 1j * (bumps[0] - bumps[1])  # an edge detector: it has no mean
-                odd[0, 0] = 0
-                yield axis, odd
+            gauss = _gauss(*f, sigma)
             yield axis, gauss - gauss**2.56  # a Gaussian of 1.6 times the width has this spectrum
-            yield axis, gauss
+        for sigma in _SIGMAS:
+            yield axis, _gauss(*f, sigma)
+
+
+def _gauss(fy: Array, fx: Array, sigma: float) -> Array:
+    return np.exp(-2 * (np.pi * sigma) ** 2 * (fx**2 + fy**2))
+
+
+def _gabor(fy: Array, fx: Array, sigma: float, angle: float) -> Array:
+    """An edge detector: two bumps of opposite sign in the spectrum; its wavelength is about four sigma."""
+    spread = 1 / (2 * np.pi * sigma)
+    u, v = 1.5 * spread * np.cos(angle), 1.5 * spread * np.sin(angle)
+    bumps = [np.exp(-2 * ((fx - s * u) ** 2 + (fy - s * v) ** 2) / spread**2) for s in (1, -1)]
+    odd: Array = 1j * (bumps[0] - bumps[1])
+    odd[0, 0] = 0  # it does not see the mean
+    return odd

@@ -12,7 +12,7 @@ __all__ = ["draw"]
 
 Array = Any
 
-_SHOWN = (7, 1, 14, 20, 36)  # one channel of each kind: a blur, an edge, a spot, and both colour axes
+_SHOWN = (14, 0, 13, 22, 45)  # one channel of each kind: a blur, an edge, a spot, and both colour axes
 _OURS, _OTHERS, _COPY, _INK = "#1f6feb", "#d97706", "#9aa4af", "#24292f"
 
 
@@ -82,6 +82,7 @@ def _photograph(axes: Any, photo: Array, side: int) -> None:
             bbox={"facecolor": _OURS, "lw": 0, "pad": 2},
         )
     axes.set_title(f"{width}x{height} photograph, the batch is its corners", loc="left")
+    axes.set_anchor("N")
     axes.set_axis_off()
 
 
@@ -99,12 +100,10 @@ def _maps(figure: Any, grid: Any, row: int, maps: Array, word: str) -> None:
         axes.spines[:].set_visible(True)
         spread = f"mean {_number(float(maps[channel].mean()))}, std {_number(float(maps[channel].std()))}"
         axes.set_xlabel(spread, fontsize=8.5, color="#57606a", labelpad=4)
-        axes.set_title(names[channel] if row == 0 else word, fontsize=9, loc="left")
+        if row == 0:
+            axes.set_title(names[channel], fontsize=9, loc="left")
         if column == 0:
-            axes.set_ylabel(f"{word}, one scale for all", fontsize=9)
-            axes.set_title(names[channel] if row == 0 else "", fontsize=9, loc="left")
-        elif row:
-            axes.set_title("")
+            axes.set_ylabel(f"{word}: one scale for all", fontsize=9)
     bar = figure.colorbar(image, cax=figure.add_subplot(grid[row, -1]), extend="both")
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8)
@@ -123,14 +122,15 @@ def _statistics(left: Any, right: Any, before: Array, after: Array, num_groups: 
         (left, mean, mean_after, np.linspace(-reach, reach, 32)),
         (right, std, std_after, np.geomspace(min(std.min(), 0.5) / 1.5, 2.0, 32)),
     ):
-        axes.hist(a, bins, color=_OTHERS, alpha=0.85, label="before")
-        axes.hist(b, bins, color=_OURS, alpha=0.75, label="after")
+        axes.hist(a, bins, color=_OTHERS, alpha=0.9, label="before")
+        axes.hist(b, bins, color=_OURS, alpha=0.6, label="after")
         axes.set_ylabel("groups")
         axes.yaxis.get_major_locator().set_params(integer=True)
     left.set_title(f"mean of each of the {mean.size} groups", loc="left")
-    right.set_title("standard deviation of each group", loc="left")
+    right.set_title("standard deviation (eps holds weak groups below 1)", loc="left")
     right.set_xscale("log")
-    left.legend(frameon=False, loc="upper right")
+    left.locator_params(axis="x", nbins=5)
+    left.legend(frameon=False, loc="upper left")
 
 
 def _moments(maps: Array, num_groups: int) -> tuple[Array, Array]:
@@ -155,6 +155,13 @@ def _times(axes: Any, times: Mapping[str, Mapping[str, float]]) -> None:
         axes.text(i, -0.06, group, transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9.5)
     axes.set_xticks([])
     axes.set_ylabel("milliseconds")
-    axes.set_title("time on this machine (bars from zero; less is better)", loc="left")
+    axes.set_title("time (less is better)", loc="left")
     axes.margins(y=0.12)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(
+        frameon=False,
+        loc="lower right",
+        bbox_to_anchor=(1.01, 0.985),
+        ncol=len(names),
+        columnspacing=1.2,
+        handlelength=1,
+    )

@@ -70,7 +70,7 @@ def _print(found: list[Any], broken: list[Any]) -> None:
 
     console = new_console()
     for promise, meaning in PROMISES.items():
-        console.print(f"[bold]{promise:10}[/bold] {meaning}", soft_wrap=True)
+        console.print(f"{promise:10} {meaning}", soft_wrap=True)
     table = Table("dtype", "layout", *PROMISES, title="worst case, as a fraction of what is allowed",
                   title_justify="left")  # fmt: skip
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -81,17 +81,16 @@ def _print(found: list[Any], broken: list[Any]) -> None:
     console.print(table)
     for finding in broken:
         for place in finding.broken[:5]:
-            console.print(
-                f"[red]broken[/red]: {finding.promise}, {finding.dtype} {finding.layout}: {place}", soft_wrap=True
-            )
+            line = f"broken: {finding.promise}, {finding.dtype} {finding.layout}: {place}"
+            console.print(line, style="red", soft_wrap=True)
     tried = sum(finding.tried for finding in found)
-    verdict = (
-        f"[red]{len(broken)} of {len(found)} promises broken[/red]" if broken else "[green]every promise kept[/green]"
-    )
-    console.print(f"{tried} comparisons: {verdict}")
+    verdict = f"{len(broken)} of {len(found)} promises broken" if broken else "every promise kept"
+    console.print(f"{tried} comparisons: {verdict}", style="red" if broken else "green")
 
 
-def _cell(finding: Any) -> str:
+def _cell(finding: Any) -> Any:
+    from rich.text import Text
+
     exact = finding.promise in ("bits", "constant", "contained")
     text = ("exact" if not finding.broken else "broken") if exact else f"{finding.worst:.2f}"
-    return f"[red]{text}[/red]" if finding.broken else text
+    return Text(text, style="red" if finding.broken else "")

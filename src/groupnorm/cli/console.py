@@ -1,4 +1,8 @@
-"""Where commands print: rich consoles that neither colour nor squeeze what goes into a file."""
+"""Where commands print: rich consoles that squeeze no table in a file and take no text for markup.
+
+Messages name things like groupnorm[plots] and [1, 64]: as markup, the first would lose its end and the second might
+raise.
+"""
 
 from rich.console import Console
 
@@ -9,7 +13,7 @@ _FILE_WIDTH = 120  # rich takes 80 columns for what is no terminal, too few for 
 
 def console(*, stderr: bool = False) -> Console:
     """A console on stdout or stderr."""
-    made = Console(stderr=stderr, highlight=False)
+    made = Console(stderr=stderr, highlight=False, markup=False)
     if not made.is_terminal:
         made.width = _FILE_WIDTH
     return made

@@ -72,18 +72,29 @@ def plan_text(
         raise OptionError(f"--direction must be forward or backward: got {direction!r}")
     sizes = tuple(int(size) for size in re.split("[x,]", shape))
     try:
-        x = np.empty(sizes, numpy_dtype(dtype))  # pages that nobody touches cost nothing
-    except (MemoryError, ValueError) as error:
-        raise OptionError(f"--shape {shape} is too large to plan here: {error}") from error
+        x = _untouched(sizes, numpy_dtype(dtype))
+    except (ValueError, OverflowError) as error:
+        raise OptionError(f"--shape {shape} is too large for an array: {error}") from error
     channels = sizes[1] if layout.startswith("NC") else sizes[-1]
-    weight = np.empty(channels, np.float32)
+    weight = _untouched((channels,), np.dtype(np.float32))
     arrays: dict[str, Any] = {"x": x, "weight": weight, "bias": weight}
     if direction == "backward":
-        stats = np.empty((sizes[0], max(1, groups)), np.float64 if dtype == "float64" else np.float32)
+        kind = np.dtype(np.float64 if dtype == "float64" else np.float32)
+        stats = _untouched((sizes[0], max(1, groups)), kind)
         arrays |= {"dy": x, "mean": stats, "rstd": stats}
     call, _ = prepare(Options(direction, groups, 1e-5, layout, activation, False), arrays)
     engine, plan = choose(call.problem, impl)
     return engine.__name__.rpartition(".")[2], str(plan)
+
+
+def _untouched(shape: tuple[int, ...], dtype: Any) -> Any:
+    """A contiguous array without memory behind it: a plan depends on strides, not on data."""
+    import numpy as np
+
+    strides = [dtype.itemsize] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * max(1, shape[axis + 1])
+    return np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, strides)
 
 
 def _facts() -> dict[str, Any]:
