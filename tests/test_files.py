@@ -468,20 +468,25 @@ def test_input_that_changes_while_it_is_read(tmp_path):
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 _MEASURE = """
-import resource, sys
+import sys
 from groupnorm.files import group_norm_file
 x, small, y, layout, memory, backward = sys.argv[1:]
 def run(path):
     given = {"backward": path} if backward == "True" else {}
     return group_norm_file(path, y, 8, layout=layout, max_memory=int(memory), **given)
+def kilobytes(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name))
 run(small)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak so far, of which compiling kernels is the most, is forgotten
+before = kilobytes("VmRSS:")
 report = run(x)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(report.road, (after - before) * (1 if sys.platform == "darwin" else 1024))
+print(report.road, (kilobytes("VmHWM:") - before) * 1024)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process can be reset on Linux only")
 @pytest.mark.parametrize(
     ("shape", "layout", "road", "backward"),
     [
@@ -489,6 +494,7 @@ print(report.road, (after - before) * (1 if sys.platform == "darwin" else 1024))
         ((1, 32, 6, 102400), "NCHW", "pieces", False),
         ((1, 6, 102400, 32), "NHWC", "pieces", False),
         ((24, 32, 160, 160), "NCHW", "groups", True),
+        ((1, 6, 102400, 32), "NHWC", "pieces", True),
     ],
 )
 def test_memory_is_bounded(tmp_path, shape, layout, road, backward):

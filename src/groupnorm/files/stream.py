@@ -155,8 +155,8 @@ def _cut(grid: Grid, form: Any, max_memory: int, backward: bool) -> _Cut:
     """How many elements a box may have, so that all that is in memory at one time stays within max_memory."""
     itemsize = form.dtype.itemsize
     # Arrays of a box's size: two of each input (one is read while the other is worked on), two or three of the output.
-    # An engine copies what lies in Fortran order. Backward in pieces makes xhat, z, dz, two results that are thrown away,
-    # and copies of the inputs where those have 16 bits, all in float32 at least.
+    # An engine copies what lies in Fortran order. Backward in pieces makes xhat, z, dz and two results that are thrown
+    # away, and of 16-bit inputs copies, all in float32 at least.
     whole = (7 if backward else 4) + (3 if form.fortran else 0)
     piece = whole + (0 if not backward else 14 if itemsize == 2 else 5)
     limit = max(1, max_memory // (whole * itemsize))
