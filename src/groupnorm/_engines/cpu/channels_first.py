@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from groupnorm._engines.cpu.compiler import compiled, inlined, jitted
+from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activate, activation, slope
 from groupnorm._engines.cpu.groups import close_sums, group_channels
 from groupnorm._engines.cpu.memory import (
-    BOOL, FLOAT32, FLOAT64, NONE, elements_to_line, fence, load, load_first, load_one, one_lane, pointer, store, store_first,
-    store_one, stream, zeros,
+    BOOL, FLOAT32, FLOAT64, NONE, elements_to_line, fence, load, load_first, load_one, one_lane, pointer, store_first, store_one,
+    write, zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
 from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total
@@ -58,12 +58,12 @@ def unit_moments(p, x, mask, n, g, unit):  # type: ignore[no-untyped-def]
     mask_at = n * p.S + start
     if channels > 1 and mask is None and p.x_c == p.S:  # the unit's channels are one run
         length, channels = length * channels, 1
-    found = (0.0, 0.0, 0.0, 0.0)
+    found = piece = (0.0, 0.0, 0.0, 0.0)
     rows = max(min(p.chunk // max(length, 1), channels), 1)
     for r in range(0, channels, rows):
         for i in range(0, length, p.chunk):
             piece = chunk_moments(x, mask, at + r * p.x_c + i, mask_at + i, min(rows, channels - r),
-                                  min(p.chunk, length - i), p.x_c)  # fmt: skip
+                                  min(p.chunk, length - i), p.x_c, piece)  # fmt: skip
             found = merge(found, piece)
     return found
 
@@ -113,20 +113,17 @@ def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, m, a, b, str
         if 0 < head < LANES:
             store_first(y, ya, _forward_vector(x, residual, mask, act, xa, ra, ma, head, m, a, b), head)
             done = head
-        if head < LANES:
-            for _ in range((length - done) // LANES):
-                v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, m, a, b)
-                stream(y, ya + done, v)
-                done += LANES
+        streaming = head < LANES
     for _ in range((length - done) // LANES):
-        store(y, ya + done, _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, m, a, b))
+        v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, m, a, b)
+        write(y, ya + done, v, streaming)
         done += LANES
     if done < length:
         v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, length - done, m, a, b)
         store_first(y, ya + done, v, length - done)
 
 
-@jitted
+@merged
 def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):  # type: ignore[no-untyped-def]
     moments = pointer(a.moments, FLOAT64)
     work = pointer(a.work, FLOAT64)
@@ -271,18 +268,16 @@ def _dx_run(x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, l
             v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, head, m, a, b, k1, k2, k3)
             store_first(dx, da, v, head)
             done = head
-        if head < LANES:
-            for _ in range((length - done) // LANES):
-                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done,
-                               ma + done, LANES, m, a, b, k1, k2, k3)  # fmt: skip
-                stream(dx, da + done, v)
-                done += LANES
-    while done < length:
-        count = min(length - done, LANES)
+        streaming = head < LANES
+    for _ in range((length - done) // LANES):
+        v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done, LANES,
+                       m, a, b, k1, k2, k3)  # fmt: skip
+        write(dx, da + done, v, streaming)
+        done += LANES
+    if done < length:
         v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
-                       count, m, a, b, k1, k2, k3)  # fmt: skip
-        store_first(dx, da + done, v, count)
-        done += count
+                       length - done, m, a, b, k1, k2, k3)  # fmt: skip
+        store_first(dx, da + done, v, length - done)
 
 
 @jitted
@@ -317,7 +312,7 @@ def _group_totals(p, a, mask, n, g, r):  # type: ignore[no-untyped-def]
     store_one(work, (n * p.G + g) * 2 + 1, k3)
 
 
-@jitted
+@merged
 def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task):  # type: ignore[no-untyped-def]
     work = pointer(a.work, FLOAT64)
     first = task * p.per_task

@@ -2,8 +2,8 @@
 
 How a sample is cut depends on its shape alone, never on the batch or on threads, so results do not either:
 
-- a *block* is BLOCK rows (positions) by four vectors of channels, which stay in cache: its moments are taken per channel, reading
-  it twice, and merged per channel in float64;
+- a *block* is BLOCK rows (positions) by two vectors of channels: its moments are taken per channel, as statistics.py says for
+  chunks, and merged per channel in float64;
 - a *unit* is `p.unit` rows; the moments of its channels, relative to the sample's first row, are kept in `work`;
 - a *slab* is `p.slab` channels, whole groups of them; slabs do not depend on each other;
 - a *task* is one slab of one sample, doing everything while the slab is in cache, or `p.per_task` units of all samples, doing one
@@ -18,21 +18,22 @@ from typing import Any
 import numpy as np
 
 from groupnorm._engines.cpu.channels_first import APPLY, MERGE, MOMENTS, SUMS
-from groupnorm._engines.cpu.compiler import compiled, inlined, jitted
+from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activate, activation, slope
 from groupnorm._engines.cpu.groups import close_sums, group_channels, real_positions
 from groupnorm._engines.cpu.memory import (
-    BOOL, FLOAT32, FLOAT64, NONE, elements_to_line, fence, load, load_first, load_one, one_lane, pointer, prefetch,
-    store_first, store_one, stream, zeros,
+    BOOL, FLOAT32, FLOAT64, NONE, elements_to_line, fence, load, load_first, load_one, one_lane, pointer, store_first,
+    store_one, write, zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
-from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, narrow, select, widen
+from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
 from groupnorm._engines.cpu.statistics import count_real, moments_by_element, out_of_range
 
 __all__ = ["BLOCK", "FORWARD_PLANES", "BACKWARD_PLANES", "MERGE", "PLANES", "backward_kernel", "forward_kernel"]
 
 PLANES = 8  # PLANES: backward in phases, before SUMS
-BLOCK = 128  # rows of a block: 4 vectors of 128 rows are 32 KB of float32, which the second reading finds in L1 or L2
+BLOCK = 128  # rows of a block: few enough for sums in float32 lanes, many enough for a merge in float64 to cost little
+TILE = 16  # rows that are written together, a strip of channels at a time, with the strip's numbers in registers
 FORWARD_PLANES, BACKWARD_PLANES = 3, 5
 
 
@@ -63,54 +64,58 @@ def _merge_block(work, at, C, pivot, s, q, origin, count, before, lanes):  # typ
     store_first(work, at + C, m2, lanes)
 
 
+@inlined
+def _pivot(work, at, s, share, origin, before, lanes):  # type: ignore[no-untyped-def]
+    """The pivot of a block: the mean of the unit so far, or of the block itself if it is the first."""
+    if before > 0.0:
+        return narrow(load_first(work, at, lanes) + widen(origin), origin)
+    return s * share
+
+
 @jitted
-def _block_four(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at, C, before):  # type: ignore[no-untyped-def]  # noqa: N803
-    """Moments of four vectors of channels over a block of rows, merged into work."""
-    s0 = s1 = s2 = s3 = zeros(x)
-    for r in range(rows):
-        if _is_real(mask, mask_at + r):
-            j = at + r * step
-            s0 += load(x, j)
-            s1 += load(x, j + LANES)
-            s2 += load(x, j + 2 * LANES)
-            s3 += load(x, j + 3 * LANES)
+def _block_two(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at, C, before):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Moments of two vectors of channels over a block of rows, merged into work."""
+    s0 = s1 = zeros(x)
+    if before == 0.0:
+        for r in range(rows):
+            if _is_real(mask, mask_at + r):
+                j = at + r * step
+                s0 += load(x, j)
+                s1 += load(x, j + LANES)
     share = one_lane(x, 1.0 / count)
-    m0, m1, m2, m3 = s0 * share, s1 * share, s2 * share, s3 * share
-    s0 = s1 = s2 = s3 = q0 = q1 = q2 = q3 = zeros(x)
+    origin0, origin1 = load(x, origin_at), load(x, origin_at + LANES)
+    m0 = _pivot(work, work_at, s0, share, origin0, before, LANES)
+    m1 = _pivot(work, work_at + LANES, s1, share, origin1, before, LANES)
+    s0 = s1 = q0 = q1 = zeros(x)
     for r in range(rows):
         if _is_real(mask, mask_at + r):
             j = at + r * step
             d0, d1 = load(x, j) - m0, load(x, j + LANES) - m1
-            d2, d3 = load(x, j + 2 * LANES) - m2, load(x, j + 3 * LANES) - m3
             s0 += d0
             s1 += d1
-            s2 += d2
-            s3 += d3
             q0 = fma(d0, d0, q0)
             q1 = fma(d1, d1, q1)
-            q2 = fma(d2, d2, q2)
-            q3 = fma(d3, d3, q3)
-    _merge_block(work, work_at, C, m0, s0, q0, load(x, origin_at), count, before, LANES)
-    _merge_block(work, work_at + LANES, C, m1, s1, q1, load(x, origin_at + LANES), count, before, LANES)
-    _merge_block(work, work_at + 2 * LANES, C, m2, s2, q2, load(x, origin_at + 2 * LANES), count, before, LANES)
-    _merge_block(work, work_at + 3 * LANES, C, m3, s3, q3, load(x, origin_at + 3 * LANES), count, before, LANES)
+    _merge_block(work, work_at, C, m0, s0, q0, origin0, count, before, LANES)
+    _merge_block(work, work_at + LANES, C, m1, s1, q1, origin1, count, before, LANES)
 
 
 @jitted
 def _block_one(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at, C, before, lanes):  # type: ignore[no-untyped-def]  # noqa: N803
     """The same for one vector, of which `lanes` channels are ours."""
-    s0 = s1 = zeros(x)
-    for r in range(rows):
-        if _is_real(mask, mask_at + r):
-            s0 += load_first(x, at + r * step, lanes)
-    m = s0 * one_lane(x, 1.0 / count)
-    s0 = s1 = q0 = zeros(x)
+    s0 = zeros(x)
+    if before == 0.0:
+        for r in range(rows):
+            if _is_real(mask, mask_at + r):
+                s0 += load_first(x, at + r * step, lanes)
+    origin = load_first(x, origin_at, lanes)
+    m = _pivot(work, work_at, s0, one_lane(x, 1.0 / count), origin, before, lanes)
+    s0 = q0 = zeros(x)
     for r in range(rows):
         if _is_real(mask, mask_at + r):
             d = load_first(x, at + r * step, lanes) - m
             s0 += d
             q0 = fma(d, d, q0)
-    _merge_block(work, work_at, C, m, s0, q0, load_first(x, origin_at, lanes), count, before, lanes)
+    _merge_block(work, work_at, C, m, s0, q0, origin, count, before, lanes)
 
 
 @jitted
@@ -150,9 +155,9 @@ def _unit_moments(p, a, x, mask, n, unit, c0, c1):  # type: ignore[no-untyped-de
             continue
         at = n * p.x_n + row * p.x_s
         c = c0
-        while c + 4 * LANES <= c1:
-            _block_four(x, mask, at + c, n * p.S + row, rows, p.x_s, count, origin_at + c, work, work_at + c, p.C, before)
-            c += 4 * LANES
+        while c + 2 * LANES <= c1:
+            _block_two(x, mask, at + c, n * p.S + row, rows, p.x_s, count, origin_at + c, work, work_at + c, p.C, before)
+            c += 2 * LANES
         while c < c1:
             _block_one(x, mask, at + c, n * p.S + row, rows, p.x_s, count, origin_at + c, work, work_at + c, p.C, before,
                        min(LANES, c1 - c))  # fmt: skip
@@ -253,10 +258,9 @@ def _merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):  # type: ignore[no-unty
 
 
 @inlined
-def _forward_vector(p, x, residual, mask, act, rows_, n, row, c, plane, lanes):  # type: ignore[no-untyped-def]
+def _forward_vector(p, x, residual, mask, act, n, row, c, m, a, b, lanes):  # type: ignore[no-untyped-def]
     """y of up to LANES channels of a row: equations (5) to (8)."""
-    d = load_first(x, n * p.x_n + row * p.x_s + c, lanes) - load_first(rows_, plane + c, lanes)
-    z = fma(d, load_first(rows_, plane + p.C + c, lanes), load_first(rows_, plane + 2 * p.C + c, lanes))
+    z = fma(load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m, a, b)
     if residual is not None:
         z = z + load_first(residual, n * p.residual_n + row * p.residual_s + c, lanes)
     if act is not None:
@@ -268,21 +272,33 @@ def _forward_vector(p, x, residual, mask, act, rows_, n, row, c, plane, lanes): 
 
 @jitted
 def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, first, last, c0, c1):  # type: ignore[no-untyped-def]
-    """y of channels c0..c1 of rows first..last, the last row first: it is the one that is still in cache."""
-    plane = n * FORWARD_PLANES * p.C
-    whole = c0 + (c1 - c0) // LANES * LANES
-    for row in range(last - 1, first - 1, -1):
-        at = n * p.y_n + row * p.y_s
-        if a.stream and elements_to_line(y, at + c0) == 0:
-            for c in range(c0, whole, LANES):
-                stream(y, at + c, _forward_vector(p, x, residual, mask, act, rows_, n, row, c, plane, LANES))
-        else:
-            for c in range(c0, whole, LANES):
-                v = _forward_vector(p, x, residual, mask, act, rows_, n, row, c, plane, LANES)
-                store_first(y, at + c, v, LANES)
-        if whole < c1:
-            v = _forward_vector(p, x, residual, mask, act, rows_, n, row, whole, plane, c1 - whole)
-            store_first(y, at + whole, v, c1 - whole)
+    """y of channels c0..c1 of rows first..last, in tiles, the last tile first: it is the one that is still in cache."""
+    streaming = a.stream != 0 and elements_to_line(y, n * p.y_n + c0) == 0 and p.y_s % LANES == 0
+    end = last
+    while end > first:
+        start = max(end - TILE, first)
+        c = c0
+        while c < c1:
+            plane = n * FORWARD_PLANES * p.C + c
+            lanes = min(LANES, c1 - c)
+            m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
+                          load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
+            if c + 2 * LANES <= c1:
+                plane += LANES
+                m1, a1, b1 = load(rows_, plane), load(rows_, plane + p.C), load(rows_, plane + 2 * p.C)
+                for row in range(start, end):
+                    at = n * p.y_n + row * p.y_s + c
+                    v0 = _forward_vector(p, x, residual, mask, act, n, row, c, m0, a0, b0, LANES)
+                    v1 = _forward_vector(p, x, residual, mask, act, n, row, c + LANES, m1, a1, b1, LANES)
+                    write(y, at, v0, streaming)
+                    write(y, at + LANES, v1, streaming)
+                c += 2 * LANES
+            else:
+                for row in range(start, end):
+                    v0 = _forward_vector(p, x, residual, mask, act, n, row, c, m0, a0, b0, lanes)
+                    store_first(y, n * p.y_n + row * p.y_s + c, v0, lanes)
+                c += LANES
+        end = start
 
 
 @jitted
@@ -292,7 +308,7 @@ def slab_channels(p, slab):  # type: ignore[no-untyped-def]
     return c0, p.C if c0 + 2 * p.slab > p.C else c0 + p.slab
 
 
-@jitted
+@merged
 def _forward(p, a, x, y, residual, mask, act, mean, rstd, rows_, task):  # type: ignore[no-untyped-def]
     if p.phase == MOMENTS + MERGE + APPLY:  # a slab of a sample
         slabs = max(p.C // p.slab, 1)
@@ -340,54 +356,59 @@ def forward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
 
 
 @inlined
-def _dz_vector(p, x, dy, residual, mask, act, rows_, n, row, c, plane, lanes):  # type: ignore[no-untyped-def]
-    """d = x - mean and dz of up to LANES channels of a row: equation (9)."""
-    d = load_first(x, n * p.x_n + row * p.x_s + c, lanes) - load_first(rows_, plane + c, lanes)
+def _dz_vector(p, dy, residual, act, d, n, row, c, a, b, lanes):  # type: ignore[no-untyped-def]
+    """dz of up to LANES channels of a row, equation (9), from d = x - mean; the mask is the caller's."""
     dz = load_first(dy, n * p.dy_n + row * p.dy_s + c, lanes)
     if act is not None:
-        z = fma(d, load_first(rows_, plane + p.C + c, lanes), load_first(rows_, plane + 2 * p.C + c, lanes))
+        z = fma(d, a, b)
         if residual is not None:
             z = z + load_first(residual, n * p.residual_n + row * p.residual_s + c, lanes)
         dz = dz * slope(act, z)
-    return d, dz
+    return dz
 
 
 @jitted
 def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):  # type: ignore[no-untyped-def]
     """The sums of dz, dz*d and d of channels c0..c1 over a unit's rows, d = x - mean; by blocks in lanes, then in float64."""
     sums = pointer(a.sums, FLOAT64)
-    plane = n * BACKWARD_PLANES * p.C
-    to = n * p.sum_n + unit * p.sum_part
     first = unit * p.unit
     last = min(first + p.unit, p.S)
-    for row in range(first, last, BLOCK):
-        end = min(row + BLOCK, last)
+    for start in range(first, last, BLOCK):
+        end = min(start + BLOCK, last)
         c = c0
-        while c + 2 * LANES <= c1:
-            p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
-            for r in range(row, end):
-                if _is_real(mask, n * p.S + r):
-                    d, dz = _dz_vector(p, x, dy, residual, mask, act, rows_, n, r, c, plane, LANES)
-                    p0 += dz
-                    q0 = fma(dz, d, q0)
-                    e0 += d
-                    d, dz = _dz_vector(p, x, dy, residual, mask, act, rows_, n, r, c + LANES, plane, LANES)
-                    p1 += dz
-                    q1 = fma(dz, d, q1)
-                    e1 += d
-            _add_sums(sums, to + c, p.sum_next, p0, q0, e0, row == first, LANES)
-            _add_sums(sums, to + c + LANES, p.sum_next, p1, q1, e1, row == first, LANES)
-            c += 2 * LANES
         while c < c1:
+            plane = n * BACKWARD_PLANES * p.C + c
+            to = n * p.sum_n + unit * p.sum_part + c
             lanes = min(LANES, c1 - c)
-            p0 = q0 = e0 = zeros(x)
-            for r in range(row, end):
-                if _is_real(mask, n * p.S + r):
-                    d, dz = _dz_vector(p, x, dy, residual, mask, act, rows_, n, r, c, plane, lanes)
-                    p0 += dz
-                    q0 = fma(dz, d, q0)
-                    e0 += d
-            _add_sums(sums, to + c, p.sum_next, p0, q0, e0, row == first, lanes)
+            m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
+                          load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
+            p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
+            if c + 2 * LANES <= c1:
+                plane += LANES
+                m1, a1, b1 = load(rows_, plane), load(rows_, plane + p.C), load(rows_, plane + 2 * p.C)
+                for row in range(start, end):
+                    if _is_real(mask, n * p.S + row):
+                        at = n * p.x_n + row * p.x_s + c
+                        d0, d1 = load(x, at) - m0, load(x, at + LANES) - m1
+                        z0 = _dz_vector(p, dy, residual, act, d0, n, row, c, a0, b0, LANES)
+                        z1 = _dz_vector(p, dy, residual, act, d1, n, row, c + LANES, a1, b1, LANES)
+                        p0 += z0
+                        p1 += z1
+                        q0 = fma(z0, d0, q0)
+                        q1 = fma(z1, d1, q1)
+                        e0 += d0
+                        e1 += d1
+                _add_sums(sums, to + LANES, p.sum_next, p1, q1, e1, start == first, LANES)
+                c += LANES
+            else:
+                for row in range(start, end):
+                    if _is_real(mask, n * p.S + row):
+                        d0 = load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m0
+                        z0 = _dz_vector(p, dy, residual, act, d0, n, row, c, a0, b0, lanes)
+                        p0 += z0
+                        q0 = fma(z0, d0, q0)
+                        e0 += d0
+            _add_sums(sums, to, p.sum_next, p0, q0, e0, start == first, lanes)
             c += LANES
 
 
@@ -449,11 +470,11 @@ def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):  # type: ignor
 
 
 @inlined
-def _dx_vector(p, x, dy, dresidual, residual, mask, act, rows_, n, row, c, plane, lanes):  # type: ignore[no-untyped-def]
+def _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m, a, b, k2, k3, lanes):  # type: ignore[no-untyped-def]
     """dx of up to LANES channels of a row, equation (14) as dz*a + (x - mean)*k2 + k3; writes dresidual on the way."""
-    d, dz = _dz_vector(p, x, dy, residual, mask, act, rows_, n, row, c, plane, lanes)
-    k2, k3 = load_first(rows_, plane + 3 * p.C + c, lanes), load_first(rows_, plane + 4 * p.C + c, lanes)
-    dx = fma(dz, load_first(rows_, plane + p.C + c, lanes), fma(d, k2, k3))
+    d = load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m
+    dz = _dz_vector(p, dy, residual, act, d, n, row, c, a, b, lanes)
+    dx = fma(dz, a, fma(d, k2, k3))
     if mask is not None:
         real = load_one(mask, n * p.S + row)
         dz, dx = select(real, dz, 0.0), select(real, dx, 0.0)
@@ -464,25 +485,29 @@ def _dx_vector(p, x, dy, dresidual, residual, mask, act, rows_, n, row, c, plane
 
 @jitted
 def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, first, last, c0, c1):  # type: ignore[no-untyped-def]
-    """dx of channels c0..c1 of rows first..last, the last row first: it is the one that is still in cache."""
-    plane = n * BACKWARD_PLANES * p.C
-    whole = c0 + (c1 - c0) // LANES * LANES
-    for row in range(last - 1, first - 1, -1):
-        at = n * p.dx_n + row * p.dx_s
-        if a.stream and elements_to_line(dx, at + c0) == 0:
-            for c in range(c0, whole, LANES):
-                v = _dx_vector(p, x, dy, dresidual, residual, mask, act, rows_, n, row, c, plane, LANES)
-                stream(dx, at + c, v)
-        else:
-            for c in range(c0, whole, LANES):
-                v = _dx_vector(p, x, dy, dresidual, residual, mask, act, rows_, n, row, c, plane, LANES)
-                store_first(dx, at + c, v, LANES)
-        if whole < c1:
-            v = _dx_vector(p, x, dy, dresidual, residual, mask, act, rows_, n, row, whole, plane, c1 - whole)
-            store_first(dx, at + whole, v, c1 - whole)
+    """dx of channels c0..c1 of rows first..last, in tiles, the last tile first: it is the one that is still in cache."""
+    streaming = a.stream != 0 and elements_to_line(dx, n * p.dx_n + c0) == 0 and p.dx_s % LANES == 0
+    end = last
+    while end > first:
+        start = max(end - TILE, first)
+        for c in range(c0, c1, LANES):
+            plane = n * BACKWARD_PLANES * p.C + c
+            lanes = min(LANES, c1 - c)
+            m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
+                          load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
+            k2, k3 = load_first(rows_, plane + 3 * p.C, lanes), load_first(rows_, plane + 4 * p.C, lanes)
+            if lanes == LANES:
+                for row in range(start, end):
+                    v = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, a0, b0, k2, k3, LANES)
+                    write(dx, n * p.dx_n + row * p.dx_s + c, v, streaming)
+            else:
+                for row in range(start, end):
+                    v = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, a0, b0, k2, k3, lanes)
+                    store_first(dx, n * p.dx_n + row * p.dx_s + c, v, lanes)
+        end = start
 
 
-@jitted
+@merged
 def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_, task):  # type: ignore[no-untyped-def]
     if p.phase == SUMS + MERGE + APPLY:  # a slab of a sample
         slabs = max(p.C // p.slab, 1)

@@ -12,7 +12,7 @@ from numba.core import types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-from groupnorm._engines.cpu.compiler import jitted
+from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.simd import (
     F32, F64, I8, I16, I32, I64, LANES, SCALAR, Vector, call_intrinsic, lanes_below,
 )  # fmt: skip
@@ -258,3 +258,12 @@ def elements_to_line(p, index):  # type: ignore[no-untyped-def]
     if past % size != 0:
         return 1 << 62
     return (LANES - past // size) % LANES
+
+
+@inlined
+def write(p, index, value, streaming):  # type: ignore[no-untyped-def]
+    """Write LANES elements, past the cache if `streaming`."""
+    if streaming:
+        stream(p, index, value)
+    else:
+        store(p, index, value)
