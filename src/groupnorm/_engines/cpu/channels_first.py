@@ -20,11 +20,11 @@ from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activate, activation, slope
 from groupnorm._engines.cpu.groups import close_sums, group_channels
 from groupnorm._engines.cpu.memory import (
-    BOOL, FLOAT32, FLOAT64, NONE, elements_to_line, fence, load, load_first, load_one, one_lane, pointer, store_first, store_one,
+    BOOL, FLOAT32, FLOAT64, NONE, elements_to_line, fence, load_first, load_one, one_lane, pointer, store_first, store_one,
     write, zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
-from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total
+from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, sum_lanes
 from groupnorm._engines.cpu.statistics import chunk_moments, merge, moments_by_element, out_of_range
 
 __all__ = ["APPLY", "MERGE", "MOMENTS", "SUMS", "backward_kernel", "forward_kernel"]
@@ -105,22 +105,32 @@ def _forward_vector(x, residual, mask, act, xa, ra, ma, count, m, a, b):  # type
 
 
 @jitted
-def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, m, a, b, streaming):  # type: ignore[no-untyped-def]
-    """y of a run of one channel."""
-    done = 0
-    if streaming:
-        head = min(elements_to_line(y, ya), length)
-        if 0 < head < LANES:
-            store_first(y, ya, _forward_vector(x, residual, mask, act, xa, ra, ma, head, m, a, b), head)
-            done = head
-        streaming = head < LANES
-    for _ in range((length - done) // LANES):
-        v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, m, a, b)
-        write(y, ya + done, v, streaming)
-        done += LANES
-    if done < length:
-        v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, length - done, m, a, b)
-        store_first(y, ya + done, v, length - done)
+def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):  # type: ignore[no-untyped-def]
+    """y of a unit, channel by channel: `m` is the mean in lane precision, `m_rest` what that lacks, r is rstd."""
+    c, channels, start, length = unit_extent(p, g, unit)
+    lane_m = one_lane(x, m)
+    for channel in range(c, c + channels):
+        factor, summand = channel_affine(p, a, n, channel)
+        slope_ = one_lane(x, factor * r)
+        shift = one_lane(x, summand - m_rest * np.float64(slope_))
+        xa, ya = n * p.x_n + channel * p.x_c + start, n * p.y_n + channel * p.y_c + start
+        ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
+        done, streaming = 0, a.stream
+        if streaming:
+            head = min(elements_to_line(y, ya), length)
+            streaming = head < LANES
+            if 0 < head < LANES:
+                v = _forward_vector(x, residual, mask, act, xa, ra, ma, head, lane_m, slope_, shift)
+                store_first(y, ya, v, head)
+                done = head
+        while done + LANES <= length:
+            v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, lane_m, slope_, shift)
+            write(y, ya + done, v, streaming)
+            done += LANES
+        if done < length:
+            rest = length - done
+            v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, rest, lane_m, slope_, shift)
+            store_first(y, ya + done, v, rest)
 
 
 @merged
@@ -156,16 +166,7 @@ def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):  # type: ignore
                 store_one(mean, group, one_lane(mean, m + m_rest))
                 store_one(rstd, group, one_lane(rstd, r))
         if a.y != 0:
-            c, channels, start, length = unit_extent(p, g, unit)
-            for channel in range(c, c + channels):
-                factor, summand = channel_affine(p, a, n, channel)
-                slope_ = one_lane(x, factor * r)
-                summand -= m_rest * np.float64(slope_)
-                _forward_run(
-                    x, y, residual, mask, act, n * p.x_n + channel * p.x_c + start, n * p.y_n + channel * p.y_c + start,
-                    n * p.residual_n + channel * p.residual_c + start, n * p.S + start, length, one_lane(x, m),
-                    slope_, one_lane(x, summand), a.stream,
-                )  # fmt: skip
+            _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r)
     fence()
 
 
@@ -212,44 +213,11 @@ def _deviation(x, mask, xa, ma, count, m):  # type: ignore[no-untyped-def]
     return select(first_lanes(count), d, 0.0)
 
 
-@jitted
-def _sums_run(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, a, b):  # type: ignore[no-untyped-def]
-    """The sums of dz, dz*d and d over a run of one channel, d = x - mean."""
-    p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
-    done = 0
-    for _ in range(length // (2 * LANES)):
-        d = load(x, xa + done) - m
-        if mask is not None:
-            d = _deviation(x, mask, xa + done, ma + done, LANES, m)
-        dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
-        p0 += dz
-        q0 = fma(dz, d, q0)
-        e0 += d
-        done += LANES
-        d = load(x, xa + done) - m
-        if mask is not None:
-            d = _deviation(x, mask, xa + done, ma + done, LANES, m)
-        dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
-        p1 += dz
-        q1 = fma(dz, d, q1)
-        e1 += d
-        done += LANES
-    while done < length:
-        rest = length - done
-        d = _deviation(x, mask, xa + done, ma + done, rest, m)
-        dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, rest, a, b)
-        p0 += dz
-        q0 = fma(dz, d, q0)
-        e0 += d
-        done += LANES
-    return total(p0 + p1), total(q0 + q1), total(e0 + e1)
-
-
 @inlined
-def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count, m, a, b, k1, k2, k3):  # type: ignore[no-untyped-def]
+def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count, m, k1, b, k2, k3):  # type: ignore[no-untyped-def]
     """dx of up to LANES elements, equation (14) as dz*k1 + (x - mean)*k2 + k3; writes dresidual on the way."""
     d = load_first(x, xa, count) - m
-    dz = _dz_vector(d, dy, residual, mask, act, ya, ra, ma, count, a, b)
+    dz = _dz_vector(d, dy, residual, mask, act, ya, ra, ma, count, k1, b)
     if dresidual is not None:
         store_first(dresidual, sa, dz, count)
     dx = fma(dz, k1, fma(d, k2, k3))
@@ -259,48 +227,81 @@ def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count,
 
 
 @jitted
-def _dx_run(x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, m, a, b, k1, k2, k3, streaming):  # type: ignore[no-untyped-def]
-    """dx of a run of one channel."""
-    done = 0
-    if streaming:
-        head = min(elements_to_line(dx, da), length)
-        if 0 < head < LANES:
-            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, head, m, a, b, k1, k2, k3)
-            store_first(dx, da, v, head)
-            done = head
-        streaming = head < LANES
-    for _ in range((length - done) // LANES):
-        v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done, LANES,
-                       m, a, b, k1, k2, k3)  # fmt: skip
-        write(dx, da + done, v, streaming)
-        done += LANES
-    if done < length:
-        v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
-                       length - done, m, a, b, k1, k2, k3)  # fmt: skip
-        store_first(dx, da + done, v, length - done)
-
-
-@jitted
 def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r):  # type: ignore[no-untyped-def]
-    """Write the sums of dz, dz*d and d of each channel of a unit, d = x - mean."""
+    """Write the sums of dz, dz*d and d of each channel of a unit, d = x - mean; by chunks in lanes, then in float64."""
     sums = pointer(a.sums, FLOAT64)
     c, channels, start, length = unit_extent(p, g, unit)
+    lane_m = one_lane(x, m)
     for channel in range(c, c + channels):
         factor, summand = channel_affine(p, a, n, channel)
+        slope_, shift = one_lane(x, factor * r), one_lane(x, summand)
         s_dz = s_dzd = s_d = 0.0
         for i in range(start, start + length, p.chunk):
-            s0, s1, s2 = _sums_run(
-                x, dy, residual, mask, act, n * p.x_n + channel * p.x_c + i, n * p.dy_n + channel * p.dy_c + i,
-                n * p.residual_n + channel * p.residual_c + i, n * p.S + i, min(p.chunk, start + length - i),
-                one_lane(x, m), one_lane(x, factor * r), one_lane(x, summand),
-            )  # fmt: skip
-            s_dz += s0
-            s_dzd += s1
-            s_d += s2
+            xa, ya = n * p.x_n + channel * p.x_c + i, n * p.dy_n + channel * p.dy_c + i
+            ra, ma = n * p.residual_n + channel * p.residual_c + i, n * p.S + i
+            end = min(p.chunk, start + length - i)
+            p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
+            done = 0
+            while done + 2 * LANES <= end:
+                d = _deviation(x, mask, xa + done, ma + done, LANES, lane_m)
+                dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, slope_, shift)
+                p0 += dz
+                q0 = fma(dz, d, q0)
+                e0 += d
+                done += LANES
+                d = _deviation(x, mask, xa + done, ma + done, LANES, lane_m)
+                dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, slope_, shift)
+                p1 += dz
+                q1 = fma(dz, d, q1)
+                e1 += d
+                done += LANES
+            while done < end:
+                rest = end - done
+                d = _deviation(x, mask, xa + done, ma + done, rest, lane_m)
+                dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, rest, slope_, shift)
+                p0 += dz
+                q0 = fma(dz, d, q0)
+                e0 += d
+                done += LANES
+            s_dz += np.float64(sum_lanes(p0 + p1))
+            s_dzd += np.float64(sum_lanes(q0 + q1))
+            s_d += np.float64(sum_lanes(e0 + e1))
         at = n * p.sum_n + channel * p.sum_c + unit % p.parts * p.sum_part
         store_one(sums, at, s_dz)
         store_one(sums, at + p.sum_next, s_dzd)
         store_one(sums, at + 2 * p.sum_next, s_d)
+
+
+@jitted
+def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, r, k2, k3):  # type: ignore[no-untyped-def]
+    """dx of a unit, channel by channel."""
+    c, channels, start, length = unit_extent(p, g, unit)
+    lane_m, lane_k2, lane_k3 = one_lane(x, m), one_lane(x, k2), one_lane(x, k3)
+    for channel in range(c, c + channels):
+        factor, summand = channel_affine(p, a, n, channel)
+        k1, shift = one_lane(x, factor * r), one_lane(x, summand)
+        xa, ya = n * p.x_n + channel * p.x_c + start, n * p.dy_n + channel * p.dy_c + start
+        da, sa = n * p.dx_n + channel * p.dx_c + start, n * p.dresidual_n + channel * p.dresidual_c + start
+        ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
+        done, streaming = 0, a.stream
+        if streaming:
+            head = min(elements_to_line(dx, da), length)
+            streaming = head < LANES
+            if 0 < head < LANES:
+                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, head, lane_m, k1, shift, lane_k2,
+                               lane_k3)  # fmt: skip
+                store_first(dx, da, v, head)
+                done = head
+        while done + LANES <= length:
+            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
+                           LANES, lane_m, k1, shift, lane_k2, lane_k3)  # fmt: skip
+            write(dx, da + done, v, streaming)
+            done += LANES
+        if done < length:
+            rest = length - done
+            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
+                           rest, lane_m, k1, shift, lane_k2, lane_k3)  # fmt: skip
+            store_first(dx, da + done, v, rest)
 
 
 @jitted
@@ -340,17 +341,7 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
                     _unit_sums(p, a, x, dy, residual, mask, act, n, g, u, m, r)
                 _group_totals(p, a, mask, n, g, r)
             k2, k3 = load_one(work, group * 2), load_one(work, group * 2 + 1)
-        c, channels, start, length = unit_extent(p, g, unit)
-        for channel in range(c, c + channels):
-            factor, summand = channel_affine(p, a, n, channel)
-            k1 = one_lane(x, factor * r)
-            _dx_run(
-                x, dy, dx, dresidual, residual, mask, act, n * p.x_n + channel * p.x_c + start,
-                n * p.dy_n + channel * p.dy_c + start, n * p.dx_n + channel * p.dx_c + start,
-                n * p.dresidual_n + channel * p.dresidual_c + start,
-                n * p.residual_n + channel * p.residual_c + start, n * p.S + start, length, one_lane(x, m), k1,
-                one_lane(x, summand), k1, one_lane(x, k2), one_lane(x, k3), a.stream,
-            )  # fmt: skip
+        _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, r, k2, k3)
     fence()
 
 

@@ -11,7 +11,7 @@ from numba import from_dtype
 from numba.core import types
 from numba.extending import intrinsic
 
-from groupnorm._engines.cpu.compiler import jitted
+from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.memory import BF16, F16, FLOAT32, FLOAT64, NONE, load_one, pointer, store_one
 
 __all__ = ["ARRAYS", "CALL", "PLAN", "SHAPED", "call_at", "channel_affine", "coefficient", "plan_at", "store_coefficient"]
@@ -53,7 +53,7 @@ plan_at = _record_at(PLAN)
 call_at = _record_at(CALL)
 
 
-@jitted
+@inlined
 def coefficient(address, code, index, default):  # type: ignore[no-untyped-def]
     """Element `index` of a parameter as float64; the default if there is no such array. The type is looked up at run time: a
     parameter is read once per row, and a kernel for each mixture of types would be compiled for nothing."""
@@ -68,7 +68,7 @@ def coefficient(address, code, index, default):  # type: ignore[no-untyped-def]
     return np.float64(load_one(pointer(address, F16), index))
 
 
-@jitted
+@inlined
 def channel_affine(p, a, n, c):  # type: ignore[no-untyped-def]
     """A and B of z = xhat*A + B for channel c of sample n: weight*(1 + scale) and bias*(1 + scale) + shift, in float64."""
     factor = 1.0 + coefficient(a.scale, p.scale, n * p.C + c, 0.0)

@@ -243,24 +243,34 @@ def first_lanes(typingctx: Any, count: Any) -> Any:
     return Vector("bool")(types.int64), lower
 
 
+def _halved(builder: Any, value: Any) -> Any:
+    """The sum of the lanes: halves are added until one lane is left, so the order is fixed."""
+    lanes = LANES
+    while lanes > 1:
+        lanes //= 2
+        undefined = ir.Constant(value.type, ir.Undefined)
+        halves = [ir.Constant(ir.VectorType(I32, lanes), list(range(at, at + lanes))) for at in (0, lanes)]
+        low, high = (builder.shuffle_vector(value, undefined, half) for half in halves)
+        value = builder.fadd(low, high)
+    return builder.extract_element(value, I32(0))
+
+
+@intrinsic
+def sum_lanes(typingctx: Any, v: Any) -> Any:
+    """The sum of float lanes, in their own type."""
+    return SCALAR[v.lane](v), lambda context, builder, sig, args: _halved(builder, args[0])
+
+
 @intrinsic
 def total(typingctx: Any, v: Any) -> Any:
-    """The sum of the lanes, as float64; bool lanes are counted. Lanes are added pairwise, so the order is fixed."""
+    """The sum of the lanes, as float64; bool lanes are counted."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        wide = ir.VectorType(F64, LANES)
         value = args[0]
         if v.lane == "bool":
-            value = builder.uitofp(value, wide)
+            value = builder.uitofp(value, _vector_ir("f64"))
         elif v.lane == "f32":
-            value = builder.fpext(value, wide)
-        lanes = LANES
-        while lanes > 1:
-            lanes //= 2
-            undefined = ir.Constant(value.type, ir.Undefined)
-            halves = [ir.Constant(ir.VectorType(I32, lanes), list(range(at, at + lanes))) for at in (0, lanes)]
-            low, high = (builder.shuffle_vector(value, undefined, half) for half in halves)
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, I32(0))
+            value = builder.fpext(value, _vector_ir("f64"))
+        return _halved(builder, value)
 
     return types.float64(v), lower
