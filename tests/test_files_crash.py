@@ -36,7 +36,12 @@ def names(folder):
 
 
 def is_whole(path):
-    return np.array_equal(np.load(path), Y)
+    """Whether every element is there; in pieces of a group the last bit may differ from the call in memory."""
+    return np.allclose(np.load(path), Y, rtol=1e-5, atol=1e-6)
+
+
+def has_stats(path):
+    return np.allclose(np.load(path)["mean"], MEAN, rtol=1e-5, atol=1e-6)
 
 
 def python(code, *arguments):
@@ -95,8 +100,7 @@ def test_killed_at(folder, moment, existed):
     assert process.returncode == -signal.SIGKILL, (out, err)
     for name, is_new in (("y.npy", y_is_new), ("s.npz", s_is_new)):
         if is_new:
-            found, wanted = (np.load(folder / name), Y) if name == "y.npy" else (np.load(folder / name)["mean"], MEAN)
-            assert np.array_equal(found, wanted)
+            assert is_whole(folder / name) if name == "y.npy" else has_stats(folder / name)
         elif existed:
             assert (folder / name).read_bytes() == OLD
         else:
@@ -107,7 +111,7 @@ def test_killed_at(folder, moment, existed):
     # What the dead process left disturbs nothing, and is cleared away.
     group_norm_file(folder / "x.npy", folder / "y.npy", 4, stats=folder / "s.npz")
     assert is_whole(folder / "y.npy")
-    assert np.array_equal(np.load(folder / "s.npz")["mean"], MEAN)
+    assert has_stats(folder / "s.npz")
     assert names(folder) == ["s.npz", "x.npy", "y.npy"]
 
 
