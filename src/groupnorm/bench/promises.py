@@ -35,11 +35,11 @@ SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (
     ((1, 32, 96, 96), 8),
 )  # fmt: skip
 
-_DRAWS = 4  # of small shapes: the error of one draw of a few channels may happen to be near zero, ours or the plain one
+_DRAWS = 8  # of small shapes: the error of one draw of a few channels may happen to be near zero, ours or the plain one
 
 PROMISES = {
     "forward": "|y - y64| <= 4u (1 + |mean|/std) (|weight*xhat| + |bias| + |weight|), then rounding within 1 ulp",
-    "gradients": "relative error of each gradient <= 2 times that of the plain formula on centred data",
+    "gradients": "relative 2-norm error <= 2 times that of the plain float32 formula (float64: 2^-25 of that)",
     "bits": "identical from run to run, for any number of threads, and alone or in a batch",
     "constant": "a constant group gives y = bias exactly",
     "contained": "NaN and infinity stay in their group",
@@ -171,7 +171,9 @@ def _ulp(value: Array, dtype: str) -> Array:
 def _gradients(draws: list[_Data], finding: Finding) -> None:
     """Errors of all draws together, as root mean squares, beside those of the plain formula."""
     first = draws[0]
-    scale = 2.0**-29 if first.dtype == "float64" else 1.0  # the plain formula in float32, and what float64 has more
+    # float64 has 29 bits more than the plain formula, which runs in float32, but no wider type to merge in, so 4 are
+    # left to sums that run on for long. The promise itself speaks of float32 and what is computed in it.
+    scale = 2.0**-25 if first.dtype == "float64" else 1.0
     errors, allowed = np.zeros(3), np.zeros(3)
     for data in draws:
         arguments = (data.dy, data.x, data.groups, data.weight, data.bias)

@@ -19,7 +19,10 @@ def check(
     impl: Annotated[str | None, typer.Option(help="Engine: cpu or reference; the best one if left away.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Try every promise about numbers on this machine; exit code 1 if one is broken."""
+    """Try every promise about numbers on this machine; exit code 1 if one is broken.
+
+    The first run compiles every kernel there is, which takes minutes; later ones take seconds.
+    """
     from dataclasses import asdict
 
     from groupnorm import ACTIVATIONS, DTYPES
