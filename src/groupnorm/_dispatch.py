@@ -16,7 +16,7 @@ ENGINES = {  # name -> module; an engine is imported when it is first chosen
 }
 
 
-def engine(name: str) -> Any:
+def engine(name: Any) -> Any:
     """The engine's module; OptionError for an unknown name, EngineError for one that is not here."""
     if not isinstance(name, str) or name not in ENGINES:
         raise OptionError(f"impl must be one of None, {', '.join(ENGINES)}: got {name!r}; None picks the fastest")
@@ -26,13 +26,17 @@ def engine(name: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise EngineError(f'impl="{name}" could not be loaded ({error}); reinstall groupnorm, or use impl="reference"') from error
+        raise EngineError(
+            f'impl="{name}" could not be loaded ({error}); reinstall groupnorm, or use impl="reference"'
+        ) from error
 
 
 def choose(problem: Problem, impl: str | None) -> tuple[Any, Any]:
-    """The engine (a module) that will take the problem, and its plan. A named engine is obeyed or refused, never replaced."""
+    """The engine (a module) that will take the problem, and its plan. A named engine is obeyed or refused, never
+    replaced.
+    """
     chosen = engine("cpu" if impl is None else impl)
     refusal = chosen.supports(problem)
     if refusal is not None:
-        raise EngineError(f"{impl or 'cpu'} engine: {refusal}; impl=\"reference\" takes every problem")
+        raise EngineError(f'{impl or "cpu"} engine: {refusal}; impl="reference" takes every problem')
     return chosen, chosen.plan(problem, get_num_threads())

@@ -1,7 +1,7 @@
 """The NumPy front end: the public functions on arrays.
 
-A call is recognised by everything about it but its data (shapes, strides, dtypes, options); what was worked out for it once
-is kept, so a repeated call costs one dictionary look-up before the kernel.
+A call is recognised by everything about it but its data (shapes, strides, dtypes, options); what was worked out for it
+once is kept, so a repeated call costs one dictionary look-up before the kernel.
 """
 
 from typing import Any
@@ -31,16 +31,16 @@ def group_norm(
     """y = act(((x - mean)*rstd*weight + bias)*(1 + scale) + shift + residual), mean and rstd taken over each group.
 
     x: float16, bfloat16 (`ml_dtypes.bfloat16`), float32 or float64, of shape (N, C, *spatial), or (N, *spatial, C) for
-    layout "NHWC", any strides. weight, bias: (C,). scale, shift: (N, C). residual: x's shape. mask: bool, (N, *spatial), True
-    where a position is real; the others stay out of the statistics and give 0. activation: None, "relu", "silu", "gelu",
-    "gelu_tanh", "sigmoid", "tanh" or "hardswish". uneven: if num_groups does not divide C, the last group takes what remains.
-    out: an array like x that is filled and returned; it may be x itself. impl: None picks the engine; "cpu" and "reference"
-    are obeyed or refused.
+    layout "NHWC", any strides. weight, bias: (C,). scale, shift: (N, C). residual: x's shape. mask: bool, (N,
+    *spatial), True where a position is real; the others stay out of the statistics and give 0. activation: None,
+    "relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh" or "hardswish". uneven: if num_groups does not divide C, the
+    last group takes what remains. out: an array like x that is filled and returned; it may be x itself. impl: None
+    picks the engine; "cpu" and "reference" are obeyed or refused.
 
     Returns y, of x's dtype and shape; with return_stats also mean and rstd, (N, G), float32 (float64 for float64 x).
-    Raises GroupNormError: ShapeError, DtypeError, OptionError or EngineError. Cost: x is read once from memory and y written
-    once where a group fits in cache; memory beyond y is O(N*C).
-    Source: Wu and He, Group Normalization, ECCV 2018; equations (1) to (8) of `groupnorm.reference`.
+    Raises GroupNormError: ShapeError, DtypeError, OptionError or EngineError. Cost: x is read once from memory and y
+    written once where a group fits in cache; memory beyond y is O(N*C). Source: Wu and He, Group Normalization, ECCV
+    2018; equations (1) to (8) of `groupnorm.reference`.
     """
     key = (
         "forward", num_groups, num_groups.__class__, eps, layout, activation, uneven, impl, get_num_threads(), _form(x),
@@ -51,9 +51,9 @@ def group_norm(
         options = Options("forward", num_groups, eps, layout, activation, uneven)
         arrays = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
                   "mask": mask, "out": out}  # fmt: skip
-        known, given = _learn(key, options, arrays, impl)
+        known, checked = _learn(key, options, arrays, impl)
         x, weight, bias, scale, shift, residual, mask = (
-            given[name] for name in ("x", "weight", "bias", "scale", "shift", "residual", "mask")
+            checked[name] for name in ("x", "weight", "bias", "scale", "shift", "residual", "mask")
         )
     engine, plan, call = known
     y = call.empty() if out is None else call.target(out, x, residual)
@@ -72,25 +72,26 @@ def group_norm_vjp(
 ) -> Gradients:  # fmt: skip
     """Every gradient of `group_norm` for dy, the gradient of its y: dx, dweight, dbias, dscale, dshift, dresidual.
 
-    Arguments are those of `group_norm`; dy has x's shape. mean and rstd, (N, G), are what `return_stats` gave; without them
-    they are computed again. Returns `Gradients`, a named tuple; an entry is None where the forward had no such argument, and
-    has the dtype of that argument otherwise. The activation is computed again from x, so nothing else need be saved.
-    Raises as `group_norm` does. Cost: x and dy are read once and dx written once where a group fits in cache.
-    Source: equations (9) to (14) of `groupnorm.reference`.
+    Arguments are those of `group_norm`; dy has x's shape. mean and rstd, (N, G), are what `return_stats` gave; without
+    them they are computed again. Returns `Gradients`, a named tuple; an entry is None where the forward had no such
+    argument, and has the dtype of that argument otherwise. The activation is computed again from x, so nothing else
+    need be saved. Raises as `group_norm` does. Cost: x and dy are read once and dx written once where a group fits in
+    cache. Source: equations (9) to (14) of `groupnorm.reference`.
     """
     key = (
-        "backward", num_groups, num_groups.__class__, eps, layout, activation, uneven, impl, get_num_threads(), _form(dy),
-        _form(x), _form(weight), _form(bias), _form(mean), _form(rstd), _form(scale), _form(shift), _form(residual),
-        _form(mask),
+        "backward", num_groups, num_groups.__class__, eps, layout, activation, uneven, impl, get_num_threads(),
+        _form(dy), _form(x), _form(weight), _form(bias), _form(mean), _form(rstd), _form(scale), _form(shift),
+        _form(residual), _form(mask),
     )  # fmt: skip
     known = _recall(key)
     if known is None:
         options = Options("backward", num_groups, eps, layout, activation, uneven)
         arrays = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
                   "mask": mask, "dy": dy, "mean": mean, "rstd": rstd}  # fmt: skip
-        known, given = _learn(key, options, arrays, impl)
+        known, checked = _learn(key, options, arrays, impl)
         dy, x, weight, bias, scale, shift, residual, mask, mean, rstd = (
-            given[name] for name in ("dy", "x", "weight", "bias", "scale", "shift", "residual", "mask", "mean", "rstd")
+            checked[name]
+            for name in ("dy", "x", "weight", "bias", "scale", "shift", "residual", "mask", "mean", "rstd")
         )
     engine, plan, call = known
     dx = call.empty()
@@ -115,9 +116,7 @@ def group_norm_backward(
     )[:3]  # fmt: skip
 
 
-def moments(
-    x: Array, num_groups: int, *, layout: str = "NCHW", mask: Array = None, uneven: bool = False
-) -> Moments:
+def moments(x: Array, num_groups: int, *, layout: str = "NCHW", mask: Array = None, uneven: bool = False) -> Moments:
     """Count, mean and M2 of every group of x, each (N, G) float64: statistics that merge with those of other pieces.
 
     Arguments and errors as for `group_norm`. Cost: x is read once.
@@ -126,8 +125,8 @@ def moments(
     known = _recall(key)
     if known is None:
         options = Options("moments", num_groups, 0.0, layout, None, uneven)
-        known, given = _learn(key, options, {"x": x, "mask": mask}, None)
-        x, mask = given["x"], given["mask"]
+        known, checked = _learn(key, options, {"x": x, "mask": mask}, None)
+        x, mask = checked["x"], checked["mask"]
     engine, plan, call = known
     found = np.empty((call.problem.N, call.problem.G, 3))
     engine.forward(plan, x, None, None, None, None, None, None, mask, None, None, found)
@@ -136,15 +135,18 @@ def moments(
 
 def normalize(
     x: Array, m: Moments, weight: Array = None, bias: Array = None, *, eps: float = 1e-5, layout: str = "NCHW",
-    activation: str | None = None, scale: Array = None, shift: Array = None, residual: Array = None, uneven: bool = False,
-    out: Array = None,
+    activation: str | None = None, scale: Array = None, shift: Array = None, residual: Array = None, uneven: bool =
+    False, out: Array = None,
 ) -> Array:  # fmt: skip
     """`group_norm` with statistics supplied by the caller: m, a `Moments` of shape (N, G), e.g. merged over tiles.
 
     Arguments, result and errors as for `group_norm`. Cost: x is read once and y written once.
     """
-    if not isinstance(m, Moments) or m.mean.ndim != 2:
-        raise GroupNormError(f"m must be Moments of shape (N, G): got {type(m).__name__}; make them with groupnorm.moments")
+    given: Any = m
+    if not isinstance(given, Moments) or given.mean.ndim != 2:
+        raise GroupNormError(
+            f"m must be Moments of shape (N, G): got {type(m).__name__}; make them with groupnorm.moments"
+        )
     groups = m.mean.shape[1]
     key = (
         "normalize", groups, eps, layout, activation, uneven, get_num_threads(), _form(x), _form(weight), _form(bias),
@@ -153,10 +155,18 @@ def normalize(
     known = _recall(key)
     if known is None:
         options = Options("normalize", groups, eps, layout, activation, uneven)
-        arrays = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual, "out": out}
-        known, given = _learn(key, options, arrays, None)
+        arrays = {
+            "x": x,
+            "weight": weight,
+            "bias": bias,
+            "scale": scale,
+            "shift": shift,
+            "residual": residual,
+            "out": out,
+        }
+        known, checked = _learn(key, options, arrays, None)
         x, weight, bias, scale, shift, residual = (
-            given[name] for name in ("x", "weight", "bias", "scale", "shift", "residual")
+            checked[name] for name in ("x", "weight", "bias", "scale", "shift", "residual")
         )
     engine, plan, call = known
     if m.mean.shape[0] != call.problem.N:
@@ -171,7 +181,7 @@ def normalize(
 
 
 def _form(array: Array) -> Any:
-    """Everything about an array but its data; something new for what is no plain array, so that it is never recognised."""
+    """Everything about an array but its data; something new for what is no plain array: that is never recognised."""
     if array is None:
         return None
     if array.__class__ is np.ndarray:
@@ -187,7 +197,9 @@ def _recall(key: Any) -> tuple[Any, Any, Call] | None:
 
 
 def _learn(key: Any, options: Options, arrays: dict[str, Any], impl: str | None) -> Any:
-    """Check the arguments of a new kind of call and choose its engine; returns that and the arrays as engines take them."""
+    """Check the arguments of a new kind of call and choose its engine; returns that and the arrays as engines take
+    them.
+    """
     call, given = prepare(options, arrays)
     known = (*choose(call.problem, impl), call)
     if all(given[name] is arrays[name] for name in given):

@@ -1,10 +1,11 @@
 """The specification: Group Normalization in float64 NumPy, forward and backward, as numbered equations.
 
-Every engine is tested against this file; `docs/math.md` derives it with the same symbols. It is written to be read, not to be
-fast: it makes many temporaries of x's size in float64.
+Every engine is tested against this file; `docs/math.md` derives it with the same symbols. It is written to be read, not
+to be fast: it makes many temporaries of x's size in float64.
 
-Arrays are seen as v[n, c, s]: sample n of N, channel c of C, position s of S (all spatial axes as one). Group g holds the D
-channels c = g*D .. (g+1)*D - 1, the last group also what remains when `uneven`. m[n, s] is 1 where a position is real.
+Arrays are seen as v[n, c, s]: sample n of N, channel c of C, position s of S (all spatial axes as one). Group g holds
+the D channels c = g*D .. (g+1)*D - 1, the last group also what remains when `uneven`. m[n, s] is 1 where a position is
+real.
 
     (1)  M[n,g]    = sum_{c in g, s} m                     number of elements in the group
     (2)  mean[n,g] = sum_{c in g, s} m*v / M
@@ -130,7 +131,9 @@ def group_norm_vjp(
     )
 
 
-def group_norm_backward(dy: Array, x: Array, num_groups: int, weight: Array = None, bias: Array = None, **options: Any) -> Any:
+def group_norm_backward(
+    dy: Array, x: Array, num_groups: int, weight: Array = None, bias: Array = None, **options: Any
+) -> Any:
     """dx, dweight and dbias of `group_norm_vjp`."""
     return group_norm_vjp(dy, x, num_groups, weight, bias, **options)[:3]
 
@@ -158,7 +161,10 @@ def _statistics(e: Array, m: Array) -> tuple[Array, Array, Array]:
 class _Values:
     """Equations (1) to (7): every quantity that forward and backward share, as (N, C, S) float64 arrays."""
 
-    def __init__(self, x, num_groups, weight, bias, eps, layout, scale, shift, residual, mask, uneven, mean, rstd):  # type: ignore[no-untyped-def]
+    def __init__(
+        self, x: Array, num_groups: int, weight: Array, bias: Array, eps: float, layout: str, scale: Array, shift: Array,
+        residual: Array, mask: Array, uneven: bool, mean: Array, rstd: Array,
+    ) -> None:  # fmt: skip
         self.axis = x.ndim - 1 if layout in ("NHWC", "NLC", "NDHWC") else 1
         self.shape = np.moveaxis(x, self.axis, 1).shape
         v = self.cube(x)
@@ -166,7 +172,7 @@ class _Values:
         d = c // num_groups
         last = c if uneven else num_groups * d
         self.groups = [slice(g * d, last if g == num_groups - 1 else (g + 1) * d) for g in range(num_groups)]
-        self.m = np.ones((n, 1, s), bool) if mask is None else np.asarray(mask).reshape(n, 1, s)
+        self.m: Array = np.ones((n, 1, s), bool) if mask is None else np.asarray(mask).reshape(n, 1, s)
         self.count = np.empty((n, num_groups))
         self.mean, self.rstd = np.empty((2, n, num_groups))
         self.xhat = np.empty_like(v)

@@ -38,6 +38,7 @@ class Call:
     stats_dtype: Any
     stored_shape: tuple[int, ...]  # of an output, in the order of memory
     axes: tuple[int, ...] | None  # which turn the stored shape into x's; None if they are the same
+    fills_out: bool  # an engine can walk `out`
 
     def empty(self) -> Array:
         """An output of x's shape that lies in memory as x does."""
@@ -52,16 +53,19 @@ class Call:
     def target(self, out: Array, x: Array, residual: Array) -> Array:
         """`out` itself where an engine can fill it, else a new array that the caller copies into it.
 
-        A new array is needed when out cannot be walked like x, or when it shares memory with an input in any other way than
-        being the very same elements.
+        A new array is needed when out cannot be walked like x, or when it shares memory with an input in any other way
+        than being the very same elements.
         """
         if not out.flags.writeable:
             raise ShapeError("out must be writeable: got a read-only array; pass a copy, or leave out away")
-        if "y" not in self.problem.walks:
+        if not self.fills_out:
             return self.empty()
         for array in (x, residual):
             if array is not None and array is not out and np.may_share_memory(array, out):
-                same = array.strides == out.strides and array.__array_interface__["data"] == out.__array_interface__["data"]
+                same = (
+                    array.strides == out.strides
+                    and array.__array_interface__["data"] == out.__array_interface__["data"]
+                )
                 if not same:
                     return self.empty()
         return out
@@ -102,15 +106,15 @@ def prepare(options: Options, arrays: dict[str, Array]) -> tuple[Call, dict[str,
             if array.dtype != x.dtype:
                 array = array.astype(x.dtype)
             found = walk(array.shape, array.strides, array.itemsize, axis, order)
-            if found is None or (found.s if not channels_last else found.c) != 1:
+            if found is None or (found.c if channels_last else found.s) != 1:
                 array, found = _stored(array, stored), own
             given[name], walks[name] = array, found
+    fills_out = False
     if arrays.get("out") is not None:
         given["out"] = out = _check_out(arrays["out"], x)
         found = walk(out.shape, out.strides, out.itemsize, axis, order)
-        if found is None or (found.s if not channels_last else found.c) != 1:
-            del walks["y"]
-        else:
+        fills_out = found is not None and (found.c if channels_last else found.s) == 1
+        if found is not None and fills_out:
             walks["y"] = found
 
     for name in _PARAMETERS:
@@ -123,7 +127,9 @@ def prepare(options: Options, arrays: dict[str, Array]) -> tuple[Call, dict[str,
         given["mask"] = _check_mask(arrays["mask"], x.shape, axis, order)
     stats_dtype = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
     if (arrays.get("mean") is None) != (arrays.get("rstd") is None):
-        raise ShapeError("mean and rstd belong together: got one of them; pass both, as return_stats gave them, or none")
+        raise ShapeError(
+            "mean and rstd belong together: got one of them; pass both, as return_stats gave them, or none"
+        )
     for name in ("mean", "rstd"):
         if arrays.get(name) is not None:
             array = _floats(name, arrays[name])
@@ -137,7 +143,8 @@ def prepare(options: Options, arrays: dict[str, Array]) -> tuple[Call, dict[str,
     )  # fmt: skip
     back = tuple(int(i) for i in np.argsort(stored))
     natural = stored == tuple(range(x.ndim))
-    return Call(problem, x.dtype, stats_dtype, tuple(x.shape[i] for i in stored), None if natural else back), given
+    stored_shape = tuple(x.shape[i] for i in stored)
+    return Call(problem, x.dtype, stats_dtype, stored_shape, None if natural else back, fills_out), given
 
 
 def _floats(name: str, value: Any) -> Array:
@@ -181,7 +188,9 @@ def _check_mask(mask: Any, shape: tuple[int, ...], axis: int, order: tuple[int, 
     """The mask with its positions in the order in which x is walked, contiguous."""
     array = np.asarray(mask)
     if array.dtype != np.bool_:
-        raise DtypeError(f"mask must be of type bool: got {array.dtype}; True marks a real position, e.g. mask = lengths > t")
+        raise DtypeError(
+            f"mask must be of type bool: got {array.dtype}; True marks a real position, e.g. mask = lengths > t"
+        )
     wanted = tuple(size for i, size in enumerate(shape) if i != axis)
     if array.shape != wanted:
         raise ShapeError(f"mask must have the shape (N, *spatial) = {wanted}: got {array.shape}")

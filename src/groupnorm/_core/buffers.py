@@ -1,8 +1,9 @@
 """Recycled memory for outputs: what a dead array leaves, the next large output takes.
 
-Writing to memory that the process never touched costs a page fault per page, several times what Group Normalization itself
-costs (on the reference machine 103 MB: 25 ms of faults against 6 ms of work). So a large output lies in a block that comes
-back here when the last array that views it is gone. Free blocks are bounded; `empty_cache` gives them back to the system.
+Writing to memory that the process never touched costs a page fault per page, several times what Group Normalization
+itself costs (on the reference machine 103 MB: 25 ms of faults against 6 ms of work). So a large output lies in a block
+that comes back here when the last array that views it is gone. Free blocks are bounded; `empty_cache` gives them back
+to the system.
 """
 
 import contextlib
@@ -19,13 +20,17 @@ __all__ = ["empty", "empty_cache", "is_fresh"]
 _SMALLEST = 1 << 20  # bytes; below, NumPy's allocator recycles memory by itself
 _WASTE = 1.25  # a block may be this much larger than what is asked for
 
-_returned: deque[Any] = deque()  # blocks that came back since the last look; appended to from any thread, without a lock
+_returned: deque[Any] = (
+    deque()
+)  # blocks that came back since the last look; appended to from any thread, without a lock
 _free: list[Any] = []  # free blocks, the one used last at the end
 _lock = threading.Lock()
 
 
-class _Lease(np.ndarray):  # type: ignore[type-arg]
-    """A block on loan: every array that lives in the block has this one as its base, and its death brings the block back."""
+class _Lease(np.ndarray[Any, Any]):
+    """A block on loan: every array that lives in the block has this one as its base, and its death brings the block
+    back.
+    """
 
     block: Any = None
     fresh = False
@@ -57,7 +62,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def is_fresh(array: Any) -> bool:
     """Whether the array came from `empty` in memory that was never written: streamed stores into it are slow (45 ms for
-    103 MB on the reference machine, against 25 ms of ordinary ones)."""
+    103 MB on the reference machine, against 25 ms of ordinary ones).
+    """
     base = array.base
     while base.__class__ is np.ndarray:
         base = base.base

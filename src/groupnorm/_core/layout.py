@@ -1,11 +1,11 @@
 """Layouts by name, and arrays seen as (N, C, S) by their strides.
 
-Group Normalization does not care about the order of the spatial positions, only that every array of a call visits them in
-the same order. So an array can be walked without a copy whenever its spatial axes, sorted as they lie in memory, collapse
-into a single step, and either positions or channels are neighbours.
+Group Normalization does not care about the order of the spatial positions, only that every array of a call visits them
+in the same order. So an array can be walked without a copy whenever its spatial axes, sorted as they lie in memory,
+collapse into a single step, and either positions or channels are neighbours.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from groupnorm.errors import OptionError, ShapeError
 
@@ -16,8 +16,10 @@ _CHANNELS_LAST = {"NHWC": None, "NLC": 3, "NDHWC": 5}
 LAYOUTS = (*_CHANNELS_FIRST, *_CHANNELS_LAST)
 
 
-def channel_axis(layout: str, ndim: int) -> int:
-    """The axis of the channels in an array of `ndim` axes; OptionError for an unknown name, ShapeError for a rank it has not."""
+def channel_axis(layout: Any, ndim: int) -> int:
+    """The axis of the channels in an array of `ndim` axes; OptionError for an unknown name, ShapeError for a rank it
+    has not.
+    """
     if not isinstance(layout, str) or layout not in LAYOUTS:
         raise OptionError(f"layout must be one of {', '.join(LAYOUTS)}: got {layout!r}; "
                           'use "NCHW" for channels on axis 1 and "NHWC" for channels last')  # fmt: skip
@@ -49,8 +51,8 @@ def walk(
 ) -> Walk | None:
     """How to step through an array of this shape and these strides (bytes) with its spatial axes in `order`.
 
-    None when no single step visits the positions, or when neither channels nor positions are neighbours in memory, or when a
-    stride is negative or not a whole number of elements.
+    None when no single step visits the positions, or when neither channels nor positions are neighbours in memory, or
+    when a stride is negative or not a whole number of elements.
     """
     if 0 in shape:
         return Walk(0, 1, 1)

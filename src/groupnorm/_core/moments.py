@@ -15,11 +15,13 @@ Array = Any
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Count, mean and M2 (the sum of squared deviations from the mean) of each group, float64 arrays of one shape, (N, G).
+    """Count, mean and M2 (the sum of squared deviations from the mean) of each group, float64 arrays of one shape, (N,
+    G).
 
-    Two Moments of different pieces of the same groups add up to the Moments of both pieces: `a + b`, or `merge_moments` for
-    many. The merge is exact up to float64 rounding of values of the mean's size; no sum of squares of raw values is formed.
-    Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979, eq. 1.5.
+    Two Moments of different pieces of the same groups add up to the Moments of both pieces: `a + b`, or `merge_moments`
+    for many. The merge is exact up to float64 rounding of values of the mean's size; no sum of squares of raw values is
+    formed. Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances,
+    1979, eq. 1.5.
     """
 
     count: Array
@@ -71,10 +73,14 @@ def merge_moments(moments: Iterable[Moments]) -> Moments:
     """
     pieces = list(moments)
     if not pieces:
-        raise GroupNormError("merge_moments needs at least one Moments, got an empty list; pass the Moments of each piece")
+        raise GroupNormError(
+            "merge_moments needs at least one Moments, got an empty list; pass the Moments of each piece"
+        )
     for piece in pieces:
         if not isinstance(piece, Moments):
-            raise GroupNormError(f"merge_moments takes Moments, got {type(piece).__name__}; make them with groupnorm.moments")
+            raise GroupNormError(
+                f"merge_moments takes Moments, got {type(piece).__name__}; make them with groupnorm.moments"
+            )
     while len(pieces) > 1:
         pairs = [a + b for a, b in zip(pieces[::2], pieces[1::2], strict=False)]
         pieces = pairs + pieces[len(pieces) & ~1 :]

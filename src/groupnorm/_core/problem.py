@@ -19,8 +19,8 @@ class Problem:
 
     `task` is what is asked: "forward" (statistics and y), "moments" (statistics alone), "normalize" (y from given
     statistics) or "backward". Sizes are N samples, C channels, S positions, G groups. `walks` holds the Walk of each
-    array of x's shape that takes part (x, y, residual, dy, dx, dresidual). `weight`, `bias`, `scale` and `shift` are dtype
-    names, or None where the call has no such array. `stats` says whether backward is given mean and rstd.
+    array of x's shape that takes part (x, y, residual, dy, dx, dresidual). `weight`, `bias`, `scale` and `shift` are
+    dtype names, or None where the call has no such array. `stats` says whether backward is given mean and rstd.
     """
 
     task: str
@@ -41,7 +41,7 @@ class Problem:
     walks: dict[str, Walk] = field(default_factory=dict, hash=False)
 
     @property
-    def D(self) -> int:  # noqa: N802 - the vocabulary's name
+    def D(self) -> int:
         """Channels per group; the last group may hold more when `uneven`."""
         return self.C // self.G
 
@@ -57,9 +57,13 @@ class Problem:
 
 
 def check_num_groups(num_groups: Any, channels: int, uneven: bool) -> int:
-    """num_groups as an int; OptionError if it is not a positive whole number, ShapeError if it does not fit the channels."""
+    """num_groups as an int; OptionError if it is not a positive whole number, ShapeError if it does not fit the
+    channels.
+    """
     if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
-        raise OptionError(f"num_groups must be a whole number: got {num_groups!r} ({type(num_groups).__name__}); pass an int")
+        raise OptionError(
+            f"num_groups must be a whole number: got {num_groups!r} ({type(num_groups).__name__}); pass an int"
+        )
     groups = int(num_groups.__index__())
     if groups < 1:
         raise OptionError(f"num_groups must be at least 1: got {groups}; use 1 for all channels in one group")

@@ -10,14 +10,15 @@ _num_threads = 0  # 0: not asked for yet
 
 
 def get_num_threads() -> int:
-    """Threads that a call on NumPy arrays may use: what `set_num_threads` said, else GROUPNORM_NUM_THREADS, else every CPU
-    that this process may run on."""
+    """Threads that a call on NumPy arrays may use: what `set_num_threads` said, else GROUPNORM_NUM_THREADS, else every
+    CPU that this process may run on.
+    """
     return _num_threads or _first_num_threads()
 
 
 def set_num_threads(num_threads: int) -> None:
     """Use at most `num_threads` threads from the next call on. Results do not depend on it. OptionError below 1."""
-    global _num_threads  # noqa: PLW0603 - this number is the module
+    global _num_threads
     if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__") or num_threads.__index__() < 1:
         raise OptionError(f"num_threads must be a whole number, at least 1: got {num_threads!r}; use 1 to run serially")
     _num_threads = num_threads.__index__()
@@ -27,7 +28,9 @@ def _first_num_threads() -> int:
     wish = os.environ.get("GROUPNORM_NUM_THREADS")
     if wish is not None:
         if not wish.strip().isdecimal() or int(wish) < 1:
-            raise OptionError(f"GROUPNORM_NUM_THREADS must be a whole number, at least 1: got {wish!r}; unset it for all CPUs")
+            raise OptionError(
+                f"GROUPNORM_NUM_THREADS must be a whole number, at least 1: got {wish!r}; unset it for all CPUs"
+            )
         set_num_threads(int(wish))
     elif hasattr(os, "sched_getaffinity"):
         set_num_threads(len(os.sched_getaffinity(0)))

@@ -59,7 +59,12 @@ def backward(p: Problem, dy: Any, x: Any, dx: Any, weight: Any, bias: Any, scale
     dy, x = (_cube(a, p, p.walks[name]) for a, name in ((dy, "dy"), (x, "x")))
     found = reference.group_norm_vjp(dy, x, p.G, weight, bias, mean=mean, rstd=rstd, **options)
     _cube(dx, p, p.walks["dx"])[...] = found.dx
-    for target, value in ((dweight, found.dweight), (dbias, found.dbias), (dscale, found.dscale), (dshift, found.dshift)):
+    for target, value in (
+        (dweight, found.dweight),
+        (dbias, found.dbias),
+        (dscale, found.dscale),
+        (dshift, found.dshift),
+    ):
         if target is not None:
             target[...] = value
     if dresidual is not None:

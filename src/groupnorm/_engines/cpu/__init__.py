@@ -1,8 +1,8 @@
 """The CPU engine: kernels in Python, compiled by Numba, run by a pool of threads.
 
 From outside in: `plan.py` decides how a problem is cut, `channels_first.py` and `channels_last.py` are the kernels,
-`statistics.py`, `epilogue.py` and `parameters.py` their parts, `simd.py` and `memory.py` the vectors they are written in,
-`records.py` what they are told, `compiler.py` and `threads.py` what compiles and runs them.
+`statistics.py`, `epilogue.py` and `parameters.py` their parts, `simd.py` and `memory.py` the vectors they are written
+in, `records.py` what they are told, `compiler.py` and `threads.py` what compiles and runs them.
 """
 
 from typing import Any
@@ -27,8 +27,10 @@ def plan(problem: Problem, num_threads: int) -> Plan:
     return make_plan(problem, num_threads)
 
 
-def forward(plan: Plan, x: Any, y: Any, weight: Any, bias: Any, scale: Any, shift: Any, residual: Any, mask: Any, mean: Any,
-            rstd: Any, moments: Any) -> None:  # fmt: skip
+def forward(
+    plan: Plan, x: Any, y: Any, weight: Any, bias: Any, scale: Any, shift: Any, residual: Any, mask: Any, mean: Any,
+    rstd: Any, moments: Any,
+) -> None:  # fmt: skip
     """Fill y, and mean and rstd or moments where given."""
     if not plan.launches:
         _fill_empty(plan, mean, rstd, (moments,))
@@ -42,18 +44,23 @@ def forward(plan: Plan, x: Any, y: Any, weight: Any, bias: Any, scale: Any, shif
         POOL.run(launch.address, arrays, stream, launch.threads)
 
 
-def backward(plan: Plan, dy: Any, x: Any, dx: Any, weight: Any, bias: Any, scale: Any, shift: Any, residual: Any, mask: Any,
-             mean: Any, rstd: Any, dweight: Any, dbias: Any, dscale: Any, dshift: Any, dresidual: Any) -> None:  # fmt: skip
+def backward(
+    plan: Plan, dy: Any, x: Any, dx: Any, weight: Any, bias: Any, scale: Any, shift: Any, residual: Any, mask: Any,
+    mean: Any, rstd: Any, dweight: Any, dbias: Any, dscale: Any, dshift: Any, dresidual: Any,
+) -> None:  # fmt: skip
     """Fill dx and every other gradient that is given."""
     if not plan.launches:
         _fill_empty(plan, None, None, (dweight, dbias, dscale, dshift))
         return
     if plan.statistics is not None:
-        mean, rstd = np.empty((2, plan.problem.N, plan.problem.G), np.float64 if plan.problem.itemsize == 8 else np.float32)
+        mean, rstd = np.empty(
+            (2, plan.problem.N, plan.problem.G), np.float64 if plan.problem.itemsize == 8 else np.float32
+        )
         forward(plan.statistics, x, None, None, None, None, None, None, mask, mean, rstd, None)
     work = np.empty(plan.work) if plan.work else None
     rows = np.empty(plan.rows) if plan.rows else None
-    arrays = (x, None, weight, bias, scale, shift, residual, mask, mean, rstd, None, dy, dx, dweight, dbias, dscale, dshift,
+    arrays = (x, None, weight, bias, scale, shift, residual, mask, mean, rstd, None, dy, dx, dweight, dbias, dscale,
+    dshift,
               dresidual, work, np.empty(plan.sums), rows)  # fmt: skip
     stream = plan.stream and not buffers.is_fresh(dx)
     for launch in plan.launches:

@@ -1,8 +1,8 @@
 """Compiling kernels, and keeping what was compiled on disk.
 
 A kernel is a plain function of int64 arguments that becomes a C function. Numba keeps the machine code in its cache: in
-NUMBA_CACHE_DIR, else beside this package, else, where that is read-only, in the user's cache folder; where nothing can be
-written, the kernel is compiled anew in each process.
+NUMBA_CACHE_DIR, else beside this package, else, where that is read-only, in the user's cache folder; where nothing can
+be written, the kernel is compiled anew in each process.
 """
 
 import hashlib
@@ -17,10 +17,16 @@ from numba import cfunc, njit, types
 __all__ = ["compiled", "inlined", "jitted", "merged"]
 
 _OPTIONS = {"error_model": "numpy"}  # Python's check for division by zero would put a branch into every loop
-_INNER = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # never called from Python: 20 ms less for each
+_INNER = {
+    **_OPTIONS,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}  # never called from Python: 20 ms less for each
 
 jitted = njit(**_INNER)  # a function that kernels call
-merged = njit(**_INNER, inline="always")  # becomes part of its one caller before types are known: a level less to optimise
+merged = njit(
+    **_INNER, inline="always"
+)  # becomes part of its one caller before types are known: a level less to optimise
 inlined = njit(**_INNER, forceinline=True)  # the same, always inlined: what runs once per vector
 
 _lock = threading.Lock()  # two threads that need the same kernel compile it once
@@ -28,10 +34,11 @@ _lock = threading.Lock()  # two threads that need the same kernel compile it onc
 
 @cache
 def _sources() -> str:
-    """A digest of this engine's source text. Numba looks at the age of a kernel's own file only, and would go on using code
-    compiled before a function in another file changed; so the digest is part of the name under which code is kept."""
+    """A digest of this engine's source text. Numba looks at the age of a kernel's own file only, and would go on using
+    code compiled before a function in another file changed; so the digest is part of the name under which code is kept.
+    """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -39,8 +46,8 @@ def _sources() -> str:
 def compiled(function: Callable[..., None], name: str, arguments: int = 3) -> Any:
     """The C function of `function`, which takes int64 arguments and returns nothing: has .address and .ctypes.
 
-    `name` says what the function is specialised for, in letters, digits and underscores. Takes 0.3 to 2 s the first time
-    ever, a few milliseconds from disk.
+    `name` says what the function is specialised for, in letters, digits and underscores. Takes 0.3 to 2 s the first
+    time ever, a few milliseconds from disk.
     """
     function.__qualname__ = f"{name}_{_sources()}"
     signature = types.void(*[types.int64] * arguments)

@@ -1,8 +1,8 @@
 """The activations and their slopes on vectors: the end of forward, and the beginning of backward.
 
-Both layouts, forward and backward, call `activate` and `slope` with an Activation; the compiler keeps the one that is meant.
-exp is a range reduction and a polynomial in plain arithmetic, because calls into the C library are scalar: 2.6 ns per SiLU of
-one element against 0.5. Errors, in units in the last place of float32, are in tests/test_epilogue.py.
+Both layouts, forward and backward, call `activate` and `slope` with an Activation; the compiler keeps the one that is
+meant. exp is a range reduction and a polynomial in plain arithmetic, because calls into the C library are scalar: 2.6
+ns per SiLU of one element against 0.5. Errors, in units in the last place of float32, are in tests/test_epilogue.py.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from numba.extending import intrinsic, overload, register_model
 
 from groupnorm._core.problem import ACTIVATIONS
 from groupnorm._engines.cpu.compiler import inlined
-from groupnorm._engines.cpu.simd import F64, I32, LANES, Vector, absolute, bits, fma, select
+from groupnorm._engines.cpu.simd import F64, I32, LANES, absolute, bits, fma, select
 
 __all__ = ["ACTIVATION_CODES", "activate", "activation", "exp", "expm1", "slope"]
 
@@ -41,26 +41,28 @@ def activation(typingctx: Any, code: Any) -> Any:
     return kind(code), lambda context, builder, sig, args: context.get_dummy_value()
 
 
-# ---- exp, expm1: 2^k * p(r) with x = k*ln2 + r, |r| <= ln2/2 -----------------------------------------------------------
+# ---- exp, expm1: 2^k * p(r) with x = k*ln2 + r, |r| <= ln2/2
+# -----------------------------------------------------------
 
 _LOG2E = 1.4426950408889634
-# Adding 1.5 * 2^(mantissa bits) rounds to a whole number and leaves that number in the low bits. ln2 is split so that k*HIGH is
-# exact. The Taylor polynomial of exp(r) - 1 - r needs the degree at which r^(n+1)/(n+1)! is below an eighth of a rounding.
+# Adding 1.5 * 2^(mantissa bits) rounds to a whole number and leaves that number in the low bits. ln2 is split so that
+# k*HIGH is exact. The Taylor polynomial of exp(r) - 1 - r needs the degree at which r^(n+1)/(n+1)! is below an eighth
+# of a rounding.
 
 
-def exp(v):  # type: ignore[no-untyped-def]
+def exp(v):
     """e to the power of v, in every lane."""
 
 
-def expm1(v):  # type: ignore[no-untyped-def]
+def expm1(v):
     """e to the power of v, minus 1, exact to the last places also near 0."""
 
 
 @overload(exp)
-def _exp(v):  # type: ignore[no-untyped-def]
+def _exp(v):
     reduce = _reduction(v.lane)
 
-    def implementation(v):  # type: ignore[no-untyped-def]
+    def implementation(v):
         p, low, high = reduce(v)
         return ((p + 1.0) * low) * high
 
@@ -68,10 +70,10 @@ def _exp(v):  # type: ignore[no-untyped-def]
 
 
 @overload(expm1)
-def _expm1(v):  # type: ignore[no-untyped-def]
+def _expm1(v):
     reduce = _reduction(v.lane)
 
-    def implementation(v):  # type: ignore[no-untyped-def]
+    def implementation(v):
         p, low, high = reduce(v)
         power = low * high
         return select(power > 1e30, ((p + 1.0) * low) * high, fma(p, power, power - 1.0))
@@ -80,7 +82,7 @@ def _expm1(v):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _reduce_f32(v):  # type: ignore[no-untyped-def]
+def _reduce_f32(v):
     v = select(v > 89.0, 89.0, select(v < -104.0, -104.0, v))
     shifted = fma(v, 1.4426950408889634, 12582912.0)
     k = shifted - 12582912.0
@@ -96,7 +98,7 @@ def _reduce_f32(v):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _reduce_f64(v):  # type: ignore[no-untyped-def]
+def _reduce_f64(v):
     v = select(v > 710.0, 710.0, select(v < -746.0, -746.0, v))
     shifted = fma(v, 1.4426950408889634, 6755399441055744.0)
     k = shifted - 6755399441055744.0
@@ -121,21 +123,22 @@ def _reduction(lane: str) -> Any:
     return {"f32": _reduce_f32, "f64": _reduce_f64}[lane]
 
 
-# ---- the normal distribution: cumulative(z) and density(z), for gelu ---------------------------------------------------
+# ---- the normal distribution: cumulative(z) and density(z), for gelu
+# ---------------------------------------------------
 
 
-def cumulative(v):  # type: ignore[no-untyped-def]
+def cumulative(v):
     """P(Z <= v) = erfc(-v/sqrt(2))/2, in every lane."""
 
 
 @overload(cumulative)
-def _cumulative(v):  # type: ignore[no-untyped-def]
+def _cumulative(v):
     return {"f32": _cumulative_f32, "f64": lambda v: 0.5 * _erfc(v * -0.7071067811865476)}[v.lane]
 
 
-def _cumulative_f32(v):  # type: ignore[no-untyped-def]
-    # The tail Q(a) = exp(-a^2/2) * t*p(t), t = 1/(1 + a/4): p interpolates Q(a)*exp(a^2/2)/t at ten Chebyshev points of t for
-    # a in 0..14 (computed with 40 digits), with a relative error below 1.3e-8.
+def _cumulative_f32(v):
+    # The tail Q(a) = exp(-a^2/2) * t*p(t), t = 1/(1 + a/4): p interpolates Q(a)*exp(a^2/2)/t at ten Chebyshev points of
+    # t for a in 0..14 (computed with 40 digits), with a relative error below 1.3e-8.
     a = absolute(v)
     t = 1.0 / fma(a, 0.25, 1.0)
     p = fma(t, 0.01538360334098477, -0.05634546429625247)
@@ -156,7 +159,9 @@ def _erfc(typingctx: Any, v: Any) -> Any:
     """The C library's erfc, lane by lane: for float64, where accuracy matters more than speed."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        function = builder.module.globals.get("erfc") or ir.Function(builder.module, ir.FunctionType(F64, [F64]), "erfc")
+        function = builder.module.globals.get("erfc") or ir.Function(
+            builder.module, ir.FunctionType(F64, [F64]), "erfc"
+        )
         result = args[0]
         for lane in range(LANES):
             value = builder.call(function, [builder.extract_element(args[0], I32(lane))])
@@ -172,54 +177,54 @@ _K = 0.7978845608028654  # sqrt(2/pi)
 
 
 @inlined
-def _sigmoid(z):  # type: ignore[no-untyped-def]
+def _sigmoid(z):
     return 1.0 / (exp(0.0 - z) + 1.0)
 
 
 @inlined
-def _tanh(z):  # type: ignore[no-untyped-def]
+def _tanh(z):
     z = select(z > 20.0, 20.0, select(z < -20.0, -20.0, z))  # tanh(20) is 1 in float64
     e = expm1(z + z)
     return e / (e + 2.0)
 
 
 @inlined
-def _gelu_tanh_inner(z):  # type: ignore[no-untyped-def]
+def _gelu_tanh_inner(z):
     return (z * _K) * fma(z * z, 0.044715, 1.0)
 
 
 @inlined
-def _gelu_tanh_slope(z):  # type: ignore[no-untyped-def]
+def _gelu_tanh_slope(z):
     s = _sigmoid(2.0 * _gelu_tanh_inner(z))  # (1 + tanh(u))/2
     return fma(z * (s * (1.0 - s)), (2.0 * _K) * fma(z * z, 3 * 0.044715, 1.0), s)
 
 
 @inlined
-def _silu_slope(z):  # type: ignore[no-untyped-def]
+def _silu_slope(z):
     s = _sigmoid(z)
     return s * fma(z, 1.0 - s, 1.0)
 
 
 @inlined
-def _tanh_slope(z):  # type: ignore[no-untyped-def]
+def _tanh_slope(z):
     t = _tanh(z)
     return fma(t, 0.0 - t, 1.0)
 
 
 @inlined
-def _sigmoid_slope(z):  # type: ignore[no-untyped-def]
+def _sigmoid_slope(z):
     s = _sigmoid(z)
     return s * (1.0 - s)
 
 
 @inlined
-def _hardswish(z):  # type: ignore[no-untyped-def]
+def _hardswish(z):
     t = z + 3.0
     return z * select(t < 0.0, 0.0, select(t > 6.0, 6.0, t)) * (1 / 6)
 
 
 @inlined
-def _hardswish_slope(z):  # type: ignore[no-untyped-def]
+def _hardswish_slope(z):
     return select(z <= -3.0, 0.0, select(z >= 3.0, 1.0, fma(z, 1 / 3, 0.5)))
 
 
@@ -235,19 +240,19 @@ _FORMULAS = {  # activation -> (forward, slope)
 }  # fmt: skip
 
 
-def activate(act, z):  # type: ignore[no-untyped-def]
+def activate(act, z):
     """act(z), in every lane."""
 
 
-def slope(act, z):  # type: ignore[no-untyped-def]
+def slope(act, z):
     """act'(z), in every lane. Without an activation callers do not ask."""
 
 
 @overload(activate)
-def _activate(act, z):  # type: ignore[no-untyped-def]
+def _activate(act, z):
     return _FORMULAS[act.label][0]
 
 
 @overload(slope)
-def _slope(act, z):  # type: ignore[no-untyped-def]
+def _slope(act, z):
     return _FORMULAS[act.label][1]

@@ -7,17 +7,19 @@ from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer, store_one
 from groupnorm._engines.cpu.records import channel_affine
 from groupnorm._engines.cpu.statistics import count_real
 
-__all__ = ["close_sums", "group_channels", "real_positions"]
+__all__ = ["ROUNDING", "close_sums", "group_channels", "real_positions"]
+
+ROUNDING = 2.0**-22  # four times what rounding a mean to float32 can lose
 
 
 @jitted
-def group_channels(p, g):  # type: ignore[no-untyped-def]
+def group_channels(p, g):
     """First channel of group g, and the one after its last."""
     return g * p.D, p.C if g == p.G - 1 else (g + 1) * p.D
 
 
 @jitted
-def real_positions(p, mask, n):  # type: ignore[no-untyped-def]
+def real_positions(p, mask, n):
     """Positions of sample n that enter the statistics."""
     if mask is None:
         return np.float64(p.S)
@@ -25,12 +27,13 @@ def real_positions(p, mask, n):  # type: ignore[no-untyped-def]
 
 
 @jitted
-def close_sums(p, a, mask, n, g, r):  # type: ignore[no-untyped-def]
-    """From the sums of dz, dz*d and d of a group's channels to those of dz*xhat, in place, and to k2 and k3 of equation (14),
-    dx = dz*k1 + d*k2 + k3, where d = x - mean.
+def close_sums(p, a, mask, n, g, m, r, rounding):
+    """From the sums of dz, dz*d and d of a group's channels to those of dz*xhat, in place, and to k2 and k3 of equation
+    (14), dx = dz*k1 + d*k2 + k3, where d = x - mean.
 
-    The mean at hand is rounded to its type, an error of up to |mean|*2^-24 that would be magnified by rstd; the sum of d tells
-    what was lost, so that xhat is (d - lost)*rstd.
+    The mean at hand, m, is rounded to its type, an error of up to |m|*2^-24 that would be magnified by rstd; the sum of d
+    tells what was lost, so that xhat is (d - lost)*rstd. A mean that is off by more than `rounding` (relative) was given
+    by the caller as something else than the mean of x, and stays as it is.
     """
     sums = pointer(a.sums, FLOAT64)
     first, last = group_channels(p, g)
@@ -40,6 +43,8 @@ def close_sums(p, a, mask, n, g, r):  # type: ignore[no-untyped-def]
         for part in range(p.parts):
             lost += load_one(sums, n * p.sum_n + c * p.sum_c + part * p.sum_part + 2 * p.sum_next)
     lost /= count
+    if abs(lost) > rounding * abs(m):
+        lost = 0.0
     s1 = s2 = 0.0
     for c in range(first, last):
         factor, _ = channel_affine(p, a, n, c)

@@ -1,8 +1,8 @@
 """Vectors from and to memory: typed pointers for Numba, loads, stores, streamed stores and prefetch.
 
-`Pointer(element)` is an address of float16, bfloat16, float32, float64 or bool elements; indices count elements. 16-bit elements
-are computed in float32, so a load widens and a store rounds to nearest even. `pointer(address, code)` carries an element code
-from a kernel's closure into Numba's types; from there on everything is chosen by type.
+`Pointer(element)` is an address of float16, bfloat16, float32, float64 or bool elements; indices count elements. 16-bit
+elements are computed in float32, so a load widens and a store rounds to nearest even. `pointer(address, code)` carries
+an element code from a kernel's closure into Numba's types; from there on everything is chosen by type.
 """
 
 from typing import Any
@@ -14,7 +14,17 @@ from numba.extending import intrinsic, register_model
 
 from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.simd import (
-    F32, F64, I8, I16, I32, I64, LANES, SCALAR, Vector, call_intrinsic, lanes_below,
+    F32,
+    F64,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    SCALAR,
+    Vector,
+    call_intrinsic,
+    lanes_below,
 )  # fmt: skip
 
 NONE, F16, BF16, FLOAT32, FLOAT64, BOOL = range(6)  # element codes, shared by kernels and their callers
@@ -207,7 +217,7 @@ def load_one(typingctx: Any, p: Any, index: Any) -> Any:
     result = SCALAR[_LANE_OF[p.element]]
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        where, size = _address(builder, p, *args, lanes=1)
+        where, size = _address(builder, p, args[0], args[1], lanes=1)
         return _decode(builder, p.element, builder.load(where, align=size))
 
     return result(p, types.int64), lower
@@ -230,7 +240,7 @@ def prefetch(typingctx: Any, p: Any, index: Any) -> Any:
     """Ask for the cache line that holds element index; any address is allowed."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        where, _ = _address(builder, p, *args, lanes=1)
+        where, _ = _address(builder, p, args[0], args[1], lanes=1)
         where = builder.bitcast(where, I8.as_pointer())
         call_intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), where, I32(0), I32(2), I32(1))
 
@@ -247,12 +257,11 @@ def fence(typingctx: Any) -> Any:
     return types.void(), lower
 
 
-
-
 @jitted
-def elements_to_line(p, index):  # type: ignore[no-untyped-def]
-    """How many elements from index on lie before the next place where a vector can be streamed; a huge number if there is none
-    because the elements are not aligned to their own size."""
+def elements_to_line(p, index):
+    """How many elements from index on lie before the next place where a vector can be streamed; a huge number if there
+    is none because the elements are not aligned to their own size.
+    """
     size = element_size(p)
     past = address_of(p, index) % (size * LANES)
     if past % size != 0:
@@ -261,7 +270,7 @@ def elements_to_line(p, index):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def write(p, index, value, streaming):  # type: ignore[no-untyped-def]
+def write(p, index, value, streaming):
     """Write LANES elements, past the cache if `streaming`."""
     if streaming:
         stream(p, index, value)

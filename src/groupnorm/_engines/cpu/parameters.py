@@ -13,7 +13,7 @@ CHANNELS_PER_TASK = 64
 
 
 @jitted
-def _parameters(p, a, task):  # type: ignore[no-untyped-def]
+def _parameters(p, a, task):
     """Equations (10) to (12) for the channels of a task; sums go over samples and parts in their order."""
     sums = pointer(a.sums, FLOAT64)
     for c in range(task * CHANNELS_PER_TASK, min((task + 1) * CHANNELS_PER_TASK, p.C)):
@@ -39,7 +39,7 @@ def _parameters(p, a, task):  # type: ignore[no-untyped-def]
 def parameters_kernel() -> Any:
     """The compiled kernel; one task takes CHANNELS_PER_TASK channels."""
 
-    def kernel(plan, call, task):  # type: ignore[no-untyped-def]
+    def kernel(plan, call, task):
         _parameters(plan_at(plan), call_at(call), task)
 
     return compiled(kernel, "parameters")

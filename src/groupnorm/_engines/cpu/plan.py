@@ -1,8 +1,8 @@
 """How a problem will be done: a pure function from (problem, threads, caches) to a Plan that explains itself.
 
-Two roads for each layout. *Whole*: a task takes a group (channels first) or a slab of channels of a sample (channels last) through
-all phases while it is in cache. *Phases*: one launch per phase over pieces of all groups, for few and large groups. Both cut the
-data at the same places, so they give the same bits.
+Two roads for each layout. *Whole*: a task takes a group (channels first) or a slab of channels of a sample (channels
+last) through all phases while it is in cache. *Phases*: one launch per phase over pieces of all groups, for few and
+large groups. Both cut the data at the same places, so they give the same bits.
 """
 
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,8 @@ from groupnorm._engines.cpu.simd import LANES
 
 __all__ = ["Launch", "Plan", "make_plan"]
 
-_CHUNK = 4096  # elements: channels first, 64 to a lane; 16 KB of float32, half an L1 cache, so that the first can be read twice
+# elements: channels first, 64 to a lane; 16 KB of float32, half an L1 cache, so that the first can be read twice
+_CHUNK = 4096
 _UNIT = 8 * _CHUNK  # elements: channels first, smallest unit; its first chunk is read twice
 _PART = 1 << 18  # elements: channels first, largest unit, so that one huge channel feeds many threads
 _UNIT_LAST = 1 << 16  # elements: channels last, unit
@@ -171,7 +172,9 @@ class _Maker:
             record[field_name] = value
         return Launch(name, record, record.ctypes.data, tasks, threads)
 
-    def plan(self, whole: bool, reasons: list[str], launches: list[Launch], work: int, sums: int, rows: int = 0) -> Plan:
+    def plan(
+        self, whole: bool, reasons: list[str], launches: list[Launch], work: int, sums: int, rows: int = 0
+    ) -> Plan:
         p = self.problem
         backward = p.task == "backward"
         if backward and any((p.weight, p.bias, p.scale, p.shift)):
@@ -186,8 +189,9 @@ class _Maker:
             statistics = make_plan(moments, max(launch.threads for launch in launches))
             for launch in launches:
                 launch.record["stats"] = 1
-        return Plan(p, "whole" if whole else "phases", tuple(reasons), tuple(launches), work, sums if backward else 0, rows,
-                    statistics, stream)  # fmt: skip
+        road = "whole" if whole else "phases"
+        sums = sums if backward else 0
+        return Plan(p, road, tuple(reasons), tuple(launches), work, sums, rows, statistics, stream)
 
 
 def _threads(p: Problem, num_threads: int) -> int:
@@ -206,8 +210,9 @@ def _per_task(pieces: int, elements: int, threads: int) -> int:
 
 
 def _slab(p: Problem) -> int:
-    """Channels of a slab: whole groups and whole vectors, as many as keep the slab's data in the L2 cache; all where no slab fits
-    or where the last group is larger than the others."""
+    """Channels of a slab: whole groups and whole vectors, as many as keep the slab's data in the L2 cache; all where no
+    slab fits or where the last group is larger than the others.
+    """
     arrays = 2 if p.task == "backward" else 1
     smallest = int(np.lcm(p.D, LANES * max(1, 64 // (LANES * p.itemsize))))
     bytes_of_channel = p.S * p.itemsize * arrays

@@ -1,7 +1,7 @@
 """What a kernel is told: the record of its plan, the record of its call, and the coefficients of a channel.
 
-A kernel is a C function of three numbers: the address of a PLAN, which belongs to a kind of call and never changes, the address
-of a CALL, which holds where this call's arrays are, and the number of the task.
+A kernel is a C function of three numbers: the address of a PLAN, which belongs to a kind of call and never changes, the
+address of a CALL, which holds where this call's arrays are, and the number of the task.
 """
 
 from typing import Any
@@ -14,7 +14,17 @@ from numba.extending import intrinsic
 from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.memory import BF16, F16, FLOAT32, FLOAT64, NONE, load_one, pointer, store_one
 
-__all__ = ["ARRAYS", "CALL", "PLAN", "SHAPED", "call_at", "channel_affine", "coefficient", "plan_at", "store_coefficient"]
+__all__ = [
+    "ARRAYS",
+    "CALL",
+    "PLAN",
+    "SHAPED",
+    "call_at",
+    "channel_affine",
+    "coefficient",
+    "plan_at",
+    "store_coefficient",
+]
 
 SHAPED = ("x", "y", "residual", "dy", "dx", "dresidual")  # arrays that are walked by steps
 ARRAYS = ("x", "y", "weight", "bias", "scale", "shift", "residual", "mask", "mean", "rstd", "moments", "dy", "dx",
@@ -30,7 +40,7 @@ PLAN = np.dtype(
         "unit", "units", "per_task", "parts", "slab",  # how the work is cut, see the kernel's file
         "chunk",  # channels first: elements whose moments are taken while they are in the L1 cache
         "stats",  # statistics are given: moments for forward, mean and rstd for backward
-        "sum_n", "sum_c", "sum_part", "sum_next",  # backward: steps in the sums of dz, and from there to those of dz*xhat
+        "sum_n", "sum_c", "sum_part", "sum_next",  # backward: steps in the sums of dz, and on to dz*d and d
     )] + [("eps", np.float64)],
     align=True,
 )  # fmt: skip
@@ -54,9 +64,10 @@ call_at = _record_at(CALL)
 
 
 @inlined
-def coefficient(address, code, index, default):  # type: ignore[no-untyped-def]
-    """Element `index` of a parameter as float64; the default if there is no such array. The type is looked up at run time: a
-    parameter is read once per row, and a kernel for each mixture of types would be compiled for nothing."""
+def coefficient(address, code, index, default):
+    """Element `index` of a parameter as float64; the default if there is no such array. The type is looked up at run
+    time: a parameter is read once per row, and a kernel for each mixture of types would be compiled for nothing.
+    """
     if code == NONE or address == 0:
         return default
     if code == FLOAT32:
@@ -69,8 +80,8 @@ def coefficient(address, code, index, default):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def channel_affine(p, a, n, c):  # type: ignore[no-untyped-def]
-    """A and B of z = xhat*A + B for channel c of sample n: weight*(1 + scale) and bias*(1 + scale) + shift, in float64."""
+def channel_affine(p, a, n, c):
+    """A and B of z = xhat*A + B for channel c of sample n: weight*(1 + scale) and bias*(1 + scale) + shift."""
     factor = 1.0 + coefficient(a.scale, p.scale, n * p.C + c, 0.0)
     return (
         coefficient(a.weight, p.weight, c, 1.0) * factor,
@@ -79,7 +90,7 @@ def channel_affine(p, a, n, c):  # type: ignore[no-untyped-def]
 
 
 @jitted
-def store_coefficient(address, code, index, value):  # type: ignore[no-untyped-def]
+def store_coefficient(address, code, index, value):
     """Write element `index` of a parameter's gradient, if there is one, in the parameter's type."""
     if address == 0:
         return

@@ -3,9 +3,9 @@
 A kernel reads like NumPy over sixteen numbers: `store(y, i, fma(load(x, i) - mean, a, b))`. Nothing is left to the
 auto-vectoriser: each name becomes the few instructions it says, on any target (LLVM splits a vector for AVX2 or NEON).
 
-`Vector(lane)` holds LANES lanes of float32, float64, int32, int64 or bool. It knows + - * /, the comparisons and the functions
-below, with vectors or with scalars, which are repeated in every lane. No fast-math flag is set anywhere, so a result depends on
-the operations written and on nothing else. `memory.py` brings vectors from and to arrays.
+`Vector(lane)` holds LANES lanes of float32, float64, int32, int64 or bool. It knows + - * /, the comparisons and the
+functions below, with vectors or with scalars, which are repeated in every lane. No fast-math flag is set anywhere, so a
+result depends on the operations written and on nothing else. `memory.py` brings vectors from and to arrays.
 """
 
 import operator
@@ -112,7 +112,11 @@ def _define_operator(function: Any, spelling: Any) -> None:
 
 for _operator in {*_FLOAT, *_INTEGER, *_COMPARE}:
     _define_operator(_operator, _operator)
-for _operator, _inplace in {operator.add: operator.iadd, operator.mul: operator.imul, operator.sub: operator.isub}.items():
+for _operator, _inplace in {
+    operator.add: operator.iadd,
+    operator.mul: operator.imul,
+    operator.sub: operator.isub,
+}.items():
     _define_operator(_operator, _inplace)
 
 

@@ -1,12 +1,12 @@
 """Moments of runs of elements: the arithmetic behind every mean and variance of the CPU engine.
 
 A chunk is summed as d = x - m and d*d, with a pivot m near its mean; its mean is m + sum(d)/count and its M2 is
-sum(d*d) - sum(d)^2/count. The first chunk of a unit is read twice while it is in the L1 cache, once for its pivot; each later chunk
-takes the mean of the chunk before. That costs no accuracy: with chunk means u[i] around the mean u of all,
-(u[i-1] - u[i])^2 <= 2 (u[i-1] - u)^2 + 2 (u[i] - u)^2, and those squares are part of M2 itself, so that the sums of d*d together
-are at most 5 times M2. A constant chunk comes out exact. Lanes are float32 (float64 for float64 data) over at most a few thousand
-elements; chunks are merged in float64 by Chan's rule, as offsets from the first pivot, so that rounding goes with the spread of
-the data and not with its mean.
+sum(d*d) - sum(d)^2/count. The first chunk of a unit is read twice while it is in the L1 cache, once for its pivot; each
+later chunk takes the mean of the chunk before. That costs no accuracy: with chunk means u[i] around the mean u of all,
+(u[i-1] - u[i])^2 <= 2 (u[i-1] - u)^2 + 2 (u[i] - u)^2, and those squares are part of M2 itself, so that the sums of d*d
+together are at most 5 times M2. A constant chunk comes out exact. Lanes are float32 (float64 for float64 data) over at
+most a few thousand elements; chunks are merged in float64 by Chan's rule, as offsets from the first pivot, so that
+rounding goes with the spread of the data and not with its mean.
 """
 
 import numpy as np
@@ -15,11 +15,11 @@ from groupnorm._engines.cpu.compiler import jitted
 from groupnorm._engines.cpu.memory import load, load_first, load_one, one_lane, zeros
 from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total
 
-__all__ = ["chunk_moments", "count_real", "merge", "moments_by_element", "out_of_range"]
+__all__ = ["chunk_moments", "count_real", "is_real", "merge", "moments_by_element", "out_of_range"]
 
 
 @jitted
-def merge(a, b):  # type: ignore[no-untyped-def]
+def merge(a, b):
     """Moments (count, pivot, offset, m2) of two pieces together, as an offset from a's pivot; mean = pivot + offset."""
     count, pivot, offset, m2 = a
     count_b, pivot_b, offset_b, m2_b = b
@@ -33,7 +33,7 @@ def merge(a, b):  # type: ignore[no-untyped-def]
 
 
 @jitted
-def chunk_moments(x, mask, at, mask_at, rows, length, step, before):  # type: ignore[no-untyped-def]
+def chunk_moments(x, mask, at, mask_at, rows, length, step, before):
     """Moments of `rows` runs of `length` elements, `step` apart; the same run of the mask holds for every row.
 
     `before` is the chunk before this one, whose mean is the pivot; a count of 0 if there is none.
@@ -60,7 +60,7 @@ def chunk_moments(x, mask, at, mask_at, rows, length, step, before):  # type: ig
 
 
 @jitted
-def _sum(x, mask, at, mask_at, length):  # type: ignore[no-untyped-def]
+def _sum(x, mask, at, mask_at, length):
     """The sum of a run, as a vector."""
     s0 = s1 = s2 = s3 = zeros(x)
     done = 0
@@ -82,7 +82,7 @@ def _sum(x, mask, at, mask_at, length):  # type: ignore[no-untyped-def]
 
 
 @jitted
-def _deviations(x, mask, at, mask_at, length, m):  # type: ignore[no-untyped-def]
+def _deviations(x, mask, at, mask_at, length, m):
     """The sums of d = x - m and of d*d over a run, as vectors."""
     s0 = s1 = q0 = q1 = q2 = q3 = zeros(x)
     done = 0
@@ -114,7 +114,7 @@ def _deviations(x, mask, at, mask_at, length, m):  # type: ignore[no-untyped-def
 
 
 @jitted
-def count_real(mask, at, length):  # type: ignore[no-untyped-def]
+def count_real(mask, at, length):
     """How many positions of a run are real."""
     count = 0.0
     for i in range(0, length, LANES):
@@ -123,22 +123,24 @@ def count_real(mask, at, length):  # type: ignore[no-untyped-def]
 
 
 @jitted
-def out_of_range(m2, count, eps):  # type: ignore[no-untyped-def]
-    """Whether squares may have left float32's range on the way to these moments: beyond 3e38 (then m2 is infinite or NaN), or
-    so small that what was lost below 1e-45 shows in var + eps."""
+def out_of_range(m2, count, eps):
+    """Whether squares may have left float32's range on the way to these moments: beyond 3e38 (then m2 is infinite or
+    NaN), or so small that what was lost below 1e-45 shows in var + eps.
+    """
     return not m2 < np.inf or m2 / max(count, 1.0) + eps < 1e-34
 
 
 @jitted
-def moments_by_element(x, mask, at, mask_at, rows, step, length, stride):  # type: ignore[no-untyped-def]
-    """Moments of rows x length elements (`step` and `stride` apart) in float64, one by one: slow, for any finite values.
+def moments_by_element(x, mask, at, mask_at, rows, step, length, stride):
+    """Moments of rows x length elements (`step` and `stride` apart) in float64, one by one: slow, for any finite
+    values.
 
     The mask, if any, goes with the inner index.
     """
     count = s = s2 = q = 0.0
     for r in range(rows):
         for i in range(length):
-            if _is_real(mask, mask_at + i):
+            if is_real(mask, mask_at + i):
                 count += 1.0
                 s += np.float64(load_one(x, at + r * step + i * stride))
     if count == 0.0:
@@ -146,7 +148,7 @@ def moments_by_element(x, mask, at, mask_at, rows, step, length, stride):  # typ
     mean = s / count
     for r in range(rows):
         for i in range(length):
-            if _is_real(mask, mask_at + i):
+            if is_real(mask, mask_at + i):
                 d = np.float64(load_one(x, at + r * step + i * stride)) - mean
                 s2 += d
                 q += d * d
@@ -154,7 +156,8 @@ def moments_by_element(x, mask, at, mask_at, rows, step, length, stride):  # typ
 
 
 @jitted
-def _is_real(mask, at):  # type: ignore[no-untyped-def]
+def is_real(mask, at):
+    """Whether a position takes part."""
     if mask is None:
         return True
     return load_one(mask, at)

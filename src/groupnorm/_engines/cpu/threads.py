@@ -1,16 +1,18 @@
-"""A pool of threads for compiled kernels: starts a job in under a microsecond, and never waits for a thread that sleeps.
+"""A pool of threads for compiled kernels: starts a job in under a microsecond, and never waits for a thread that
+sleeps.
 
-A job is a kernel, the addresses of its arguments, and a number of tasks; whoever is free takes the next task. The calling
-thread works too, and at the end waits only for workers that are inside a task: one that the system has not yet woken, or has put
-aside, delays nobody. A worker looks for the next job for SPINS rounds and then sleeps in a lock of the Python runtime, which
-needs no interpreter: a worker runs one compiled function for ever and never takes the GIL.
+A job is a kernel, the addresses of its arguments, and a number of tasks; whoever is free takes the next task. The
+calling thread works too, and at the end waits only for workers that are inside a task: one that the system has not yet
+woken, or has put aside, delays nobody. A worker looks for the next job for SPINS rounds and then sleeps in a lock of
+the Python runtime, which needs no interpreter: a worker runs one compiled function for ever and never takes the GIL.
 
 - Several Python threads at once: the first has the pool; the others do their jobs alone, on the thread that called.
 - A forked child has none of the threads: it makes a pool of its own when it first needs one.
 - Results do not depend on who does which task.
 
-How a worker may enter: it counts itself into RUNNING and looks at SEQUENCE again; the caller makes SEQUENCE even and looks at
-RUNNING. Both are sequentially consistent, so either the worker sees that the job is over, or the caller sees the worker.
+How a worker may enter: it counts itself into RUNNING and looks at SEQUENCE again; the caller makes SEQUENCE even and
+looks at RUNNING. Both are sequentially consistent, so either the worker sees that the job is over, or the caller sees
+the worker.
 """
 
 import ctypes
@@ -36,8 +38,9 @@ MAX_WORKERS = 255
 _OWNER, _SEQUENCE, _NEXT, _RUNNING, _JOB, _ASLEEP = 0, 8, 16, 24, 32, 48  # _ASLEEP: one line a worker, from here on
 _KERNEL, _PLAN, _CALL, _TASKS, _WORKERS = range(_JOB, _JOB + 5)
 
-# The pool's header, in int64: addresses of the state, of PyThread_release_lock, of None; where a tuple's items begin and where an
-# array keeps the address of its data, in bytes from the start of the object; then the locks of the workers.
+# The pool's header, in int64: addresses of the state, of PyThread_release_lock, of None; where a tuple's items begin
+# and where an array keeps the address of its data, in bytes from the start of the object; then the locks of the
+# workers.
 _STATE, _RELEASE, _NONE, _ITEMS, _DATA, _LOCKS = range(6)
 
 _I64 = ir.IntType(64)
@@ -217,10 +220,11 @@ class Pool:
             os.register_at_fork(after_in_child=self._forget)
 
     def run(self, plan: int, arrays: tuple[Any, ...], stream: bool, threads: int) -> None:
-        """Do the job of the PLAN at this address on NumPy arrays, given in the order of ARRAYS, None where there is none.
+        """Do the job of the PLAN at this address on NumPy arrays, given in the order of ARRAYS, None where there is
+        none.
 
-        The arrays' addresses are read where NumPy's C interface has them, in compiled code: asking through Python would take a
-        microsecond for each.
+        The arrays' addresses are read where NumPy's C interface has them, in compiled code: asking through Python would
+        take a microsecond for each.
         """
         if threads > self._workers + 1:
             self._grow(min(threads - 1, MAX_WORKERS))
@@ -258,7 +262,7 @@ class Pool:
         self._state = np.zeros(_ASLEEP + 8 * (MAX_WORKERS + 1), np.int64)
         self._header = np.zeros(_LOCKS + MAX_WORKERS, np.int64)
         self._header[_STATE] = self._state.ctypes.data + -self._state.ctypes.data % 64
-        self._header[_RELEASE] = release
+        self._header[_RELEASE] = release or 0
         self._header[_NONE], self._header[_ITEMS] = id(None), tuple.__basicsize__
         self._header[_DATA] = object.__basicsize__  # PyArrayObject: the object's head, then the address of the data
         self._reads_objects = _objects_are_as_expected()
@@ -275,7 +279,10 @@ def _objects_are_as_expected() -> bool:
     probe = (np.arange(3), np.arange(5.0)[2:])
     for i, array in enumerate(probe):
         item = ctypes.c_void_p.from_address(id(probe) + tuple.__basicsize__ + 8 * i).value
-        if item != id(array) or ctypes.c_void_p.from_address(id(array) + object.__basicsize__).value != array.ctypes.data:
+        if (
+            item != id(array)
+            or ctypes.c_void_p.from_address(id(array) + object.__basicsize__).value != array.ctypes.data
+        ):
             return False
     return True
 

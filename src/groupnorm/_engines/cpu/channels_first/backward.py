@@ -1,0 +1,204 @@
+"""Channels first, backward: equations (9) to (14) but for the parameters' gradients."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from groupnorm._engines.cpu.channels_first.moments import APPLY, MERGE, SUMS, group_moments, unit_extent
+from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
+from groupnorm._engines.cpu.epilogue import activation, slope
+from groupnorm._engines.cpu.groups import ROUNDING, close_sums
+from groupnorm._engines.cpu.memory import (
+    BOOL,
+    FLOAT32,
+    FLOAT64,
+    NONE,
+    elements_to_line,
+    fence,
+    load_first,
+    load_one,
+    one_lane,
+    pointer,
+    store_first,
+    store_one,
+    write,
+    zeros,
+)  # fmt: skip
+from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
+from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, sum_lanes
+
+__all__ = ["backward_kernel"]
+
+
+@inlined
+def _dz_vector(d, dy, residual, mask, act, ya, ra, ma, count, a, b):
+    """dz of up to LANES elements, equation (9); d is x - mean."""
+    dz = load_first(dy, ya, count)
+    if act is not None:
+        z = fma(d, a, b)
+        if residual is not None:
+            z = z + load_first(residual, ra, count)
+        dz = dz * slope(act, z)
+    if mask is not None:
+        dz = select(load_first(mask, ma, count), dz, 0.0)
+    return dz
+
+
+@inlined
+def _deviation(x, mask, xa, ma, count, m):
+    """x - mean of up to LANES elements, 0 where there is no element or the mask does not hold."""
+    d = load_first(x, xa, count) - m
+    if mask is not None:
+        return select(load_first(mask, ma, count), d, 0.0)
+    return select(first_lanes(count), d, 0.0)
+
+
+@inlined
+def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count, m, k1, b, k2, k3):
+    """dx of up to LANES elements, equation (14) as dz*k1 + (x - mean)*k2 + k3; writes dresidual on the way."""
+    d = load_first(x, xa, count) - m
+    dz = _dz_vector(d, dy, residual, mask, act, ya, ra, ma, count, k1, b)
+    if dresidual is not None:
+        store_first(dresidual, sa, dz, count)
+    dx = fma(dz, k1, fma(d, k2, k3))
+    if mask is not None:
+        dx = select(load_first(mask, ma, count), dx, 0.0)
+    return dx
+
+
+@jitted
+def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r):
+    """Write the sums of dz, dz*d and d of each channel of a unit, d = x - mean; by chunks in lanes, then in float64."""
+    sums = pointer(a.sums, FLOAT64)
+    c, channels, start, length = unit_extent(p, g, unit)
+    lane_m = one_lane(x, m)
+    for channel in range(c, c + channels):
+        factor, summand = channel_affine(p, a, n, channel)
+        slope_, shift = one_lane(x, factor * r), one_lane(x, summand)
+        s_dz = s_dzd = s_d = 0.0
+        for i in range(start, start + length, p.chunk):
+            xa, ya = n * p.x_n + channel * p.x_c + i, n * p.dy_n + channel * p.dy_c + i
+            ra, ma = n * p.residual_n + channel * p.residual_c + i, n * p.S + i
+            end = min(p.chunk, start + length - i)
+            p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
+            done = 0
+            while done + 2 * LANES <= end:
+                d = _deviation(x, mask, xa + done, ma + done, LANES, lane_m)
+                dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, slope_, shift)
+                p0 += dz
+                q0 = fma(dz, d, q0)
+                e0 += d
+                done += LANES
+                d = _deviation(x, mask, xa + done, ma + done, LANES, lane_m)
+                dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, slope_, shift)
+                p1 += dz
+                q1 = fma(dz, d, q1)
+                e1 += d
+                done += LANES
+            while done < end:
+                rest = end - done
+                d = _deviation(x, mask, xa + done, ma + done, rest, lane_m)
+                dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, rest, slope_, shift)
+                p0 += dz
+                q0 = fma(dz, d, q0)
+                e0 += d
+                done += LANES
+            s_dz += np.float64(sum_lanes(p0 + p1))
+            s_dzd += np.float64(sum_lanes(q0 + q1))
+            s_d += np.float64(sum_lanes(e0 + e1))
+        at = n * p.sum_n + channel * p.sum_c + unit % p.parts * p.sum_part
+        store_one(sums, at, s_dz)
+        store_one(sums, at + p.sum_next, s_dzd)
+        store_one(sums, at + 2 * p.sum_next, s_d)
+
+
+@jitted
+def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, r, k2, k3):
+    """dx of a unit, channel by channel."""
+    c, channels, start, length = unit_extent(p, g, unit)
+    lane_m, lane_k2, lane_k3 = one_lane(x, m), one_lane(x, k2), one_lane(x, k3)
+    for channel in range(c, c + channels):
+        factor, summand = channel_affine(p, a, n, channel)
+        k1, shift = one_lane(x, factor * r), one_lane(x, summand)
+        xa, ya = n * p.x_n + channel * p.x_c + start, n * p.dy_n + channel * p.dy_c + start
+        da, sa = n * p.dx_n + channel * p.dx_c + start, n * p.dresidual_n + channel * p.dresidual_c + start
+        ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
+        done, streaming = 0, a.stream
+        if streaming:
+            head = min(elements_to_line(dx, da), length)
+            streaming = head < LANES
+            if 0 < head < LANES:
+                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, head, lane_m, k1, shift,
+                lane_k2,
+                               lane_k3)  # fmt: skip
+                store_first(dx, da, v, head)
+                done = head
+        while done + LANES <= length:
+            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
+                           LANES, lane_m, k1, shift, lane_k2, lane_k3)  # fmt: skip
+            write(dx, da + done, v, streaming)
+            done += LANES
+        if done < length:
+            rest = length - done
+            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
+                           rest, lane_m, k1, shift, lane_k2, lane_k3)  # fmt: skip
+            store_first(dx, da + done, v, rest)
+
+
+@jitted
+def _group_totals(p, a, mask, n, g, m, r):
+    """Close the sums of a group, and keep k2 and k3 of dx = dz*k1 + (x - mean)*k2 + k3 for its units."""
+    k2, k3 = close_sums(p, a, mask, n, g, m, r, ROUNDING)
+    work = pointer(a.work, FLOAT64)
+    store_one(work, (n * p.G + g) * 2, k2)
+    store_one(work, (n * p.G + g) * 2 + 1, k3)
+
+
+@merged
+def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task):
+    work = pointer(a.work, FLOAT64)
+    first = task * p.per_task
+    m = r = k2 = k3 = 0.0
+    for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
+        group, unit = index // p.units, index % p.units
+        n, g = group // p.G, group % p.G
+        if unit == 0 or index == first:
+            if p.stats:
+                m, r = np.float64(load_one(mean, group)), np.float64(load_one(rstd, group))
+            else:
+                count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, False)
+                m = np.float64(one_lane(mean, pivot + offset))
+                r = np.float64(one_lane(mean, 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)))
+        if p.phase == SUMS:
+            _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r)
+            continue
+        if p.phase == MERGE:
+            if unit == 0:
+                _group_totals(p, a, mask, n, g, m, r)
+            continue
+        if unit == 0 or index == first:
+            if p.phase != APPLY:
+                for u in range(p.units):
+                    _unit_sums(p, a, x, dy, residual, mask, act, n, g, u, m, r)
+                _group_totals(p, a, mask, n, g, m, r)
+            k2, k3 = load_one(work, group * 2), load_one(work, group * 2 + 1)
+        _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, r, k2, k3)
+    fence()
+
+
+@cache
+def backward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
+    """The compiled backward for these element and activation codes; with a residual it also writes dresidual."""
+    residual_element, mask_element = element if residual else NONE, BOOL if mask else NONE
+    stats_element = FLOAT64 if element == FLOAT64 else FLOAT32
+
+    def kernel(plan, call, task):
+        p, a = plan_at(plan), call_at(call)
+        _backward(
+            p, a, pointer(a.x, element), pointer(a.dy, element), pointer(a.dx, element),
+            pointer(a.dresidual, residual_element), pointer(a.residual, residual_element), pointer(a.mask,
+            mask_element), activation(act), pointer(a.mean, stats_element), pointer(a.rstd, stats_element), task,
+        )  # fmt: skip
+
+    return compiled(kernel, f"first_backward_{element}_{act}_{residual:d}_{mask:d}")

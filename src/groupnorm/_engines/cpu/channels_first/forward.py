@@ -1,0 +1,125 @@
+"""Channels first, forward: equations (1) to (8), one group after the other or one phase after the other."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from groupnorm._engines.cpu.channels_first.moments import APPLY, MOMENTS, group_moments, unit_extent, unit_moments
+from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
+from groupnorm._engines.cpu.epilogue import activate, activation
+from groupnorm._engines.cpu.memory import (
+    BOOL,
+    FLOAT32,
+    FLOAT64,
+    NONE,
+    elements_to_line,
+    fence,
+    load_first,
+    load_one,
+    one_lane,
+    pointer,
+    store_first,
+    store_one,
+    write,
+)  # fmt: skip
+from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
+from groupnorm._engines.cpu.simd import LANES, fma, select
+
+__all__ = ["forward_kernel"]
+
+
+@inlined
+def _forward_vector(x, residual, mask, act, xa, ra, ma, count, m, a, b):
+    """y of up to LANES elements: equations (5) to (8), weight and scale folded into a, bias and shift into b."""
+    z = fma(load_first(x, xa, count) - m, a, b)
+    if residual is not None:
+        z = z + load_first(residual, ra, count)
+    if act is not None:
+        z = activate(act, z)
+    if mask is not None:
+        z = select(load_first(mask, ma, count), z, 0.0)
+    return z
+
+
+@jitted
+def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
+    """y of a unit, channel by channel: `m` is the mean in lane precision, `m_rest` what that lacks, r is rstd."""
+    c, channels, start, length = unit_extent(p, g, unit)
+    lane_m = one_lane(x, m)
+    for channel in range(c, c + channels):
+        factor, summand = channel_affine(p, a, n, channel)
+        slope_ = one_lane(x, factor * r)
+        shift = one_lane(x, summand - m_rest * np.float64(slope_))
+        xa, ya = n * p.x_n + channel * p.x_c + start, n * p.y_n + channel * p.y_c + start
+        ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
+        done, streaming = 0, a.stream
+        if streaming:
+            head = min(elements_to_line(y, ya), length)
+            streaming = head < LANES
+            if 0 < head < LANES:
+                v = _forward_vector(x, residual, mask, act, xa, ra, ma, head, lane_m, slope_, shift)
+                store_first(y, ya, v, head)
+                done = head
+        while done + LANES <= length:
+            v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, lane_m, slope_, shift)
+            write(y, ya + done, v, streaming)
+            done += LANES
+        if done < length:
+            rest = length - done
+            v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, rest, lane_m, slope_, shift)
+            store_first(y, ya + done, v, rest)
+
+
+@merged
+def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):
+    moments = pointer(a.moments, FLOAT64)
+    work = pointer(a.work, FLOAT64)
+    first = task * p.per_task
+    m = m_rest = r = 0.0
+    for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
+        group, unit = index // p.units, index % p.units
+        n, g = group // p.G, group % p.G
+        if p.phase == MOMENTS:
+            count, pivot, offset, m2 = unit_moments(p, x, mask, n, g, unit)
+            store_one(work, index * 4, count)
+            store_one(work, index * 4 + 1, pivot)
+            store_one(work, index * 4 + 2, offset)
+            store_one(work, index * 4 + 3, m2)
+            continue
+        if unit == 0 or index == first:
+            if p.stats:
+                count, pivot = load_one(moments, group * 3), load_one(moments, group * 3 + 1)
+                offset, m2 = 0.0, load_one(moments, group * 3 + 2)
+            else:
+                count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, p.phase == APPLY)
+                if a.moments != 0 and unit == 0:
+                    store_one(moments, group * 3, count)
+                    store_one(moments, group * 3 + 1, pivot + offset)
+                    store_one(moments, group * 3 + 2, m2)
+            m = np.float64(one_lane(x, pivot + offset))
+            m_rest = (pivot - m) + offset
+            r = 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)
+            if a.mean != 0 and unit == 0:
+                store_one(mean, group, one_lane(mean, m + m_rest))
+                store_one(rstd, group, one_lane(rstd, r))
+        if a.y != 0:
+            _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r)
+    fence()
+
+
+@cache
+def forward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
+    """The compiled forward for these element and activation codes."""
+    residual_element, mask_element = element if residual else NONE, BOOL if mask else NONE
+    stats_element = FLOAT64 if element == FLOAT64 else FLOAT32
+
+    def kernel(plan, call, task):
+        p, a = plan_at(plan), call_at(call)
+        _forward(
+            p, a, pointer(a.x, element), pointer(a.y, element), pointer(a.residual, residual_element),
+            pointer(a.mask, mask_element), activation(act), pointer(a.mean, stats_element), pointer(a.rstd,
+            stats_element), task,
+        )  # fmt: skip
+
+    return compiled(kernel, f"first_forward_{element}_{act}_{residual:d}_{mask:d}")

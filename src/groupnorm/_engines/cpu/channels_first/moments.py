@@ -1,0 +1,63 @@
+"""Channels first: how a group is cut, and the moments of its pieces."""
+
+from groupnorm._engines.cpu.compiler import jitted
+from groupnorm._engines.cpu.groups import group_channels
+from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer
+from groupnorm._engines.cpu.simd import LANES
+from groupnorm._engines.cpu.statistics import chunk_moments, merge, moments_by_element, out_of_range
+
+__all__ = ["APPLY", "MERGE", "MOMENTS", "SUMS", "group_moments", "unit_extent", "unit_moments"]
+
+MOMENTS = SUMS = 1  # what a launch does first
+APPLY, MERGE = 2, 4
+
+
+@jitted
+def unit_extent(p, g, unit):
+    """First channel, channels, first position and positions of a unit of group g; no channels if g has not so many
+    units.
+    """
+    first, last = group_channels(p, g)
+    part = unit % p.parts
+    c = first + unit // p.parts * p.unit
+    length = ((p.S + p.parts - 1) // p.parts + LANES - 1) // LANES * LANES
+    start = part * length
+    return c, max(min(p.unit, last - c), 0), start, max(min(length, p.S - start), 0)
+
+
+@jitted
+def unit_moments(p, x, mask, n, g, unit):
+    """Moments of a unit, chunk by chunk."""
+    c, channels, start, length = unit_extent(p, g, unit)
+    at = n * p.x_n + c * p.x_c + start
+    mask_at = n * p.S + start
+    if channels > 1 and mask is None and p.x_c == p.S:  # the unit's channels are one run
+        length, channels = length * channels, 1
+    found = piece = (0.0, 0.0, 0.0, 0.0)
+    rows = max(min(p.chunk // max(length, 1), channels), 1)
+    for r in range(0, channels, rows):
+        for i in range(0, length, p.chunk):
+            piece = chunk_moments(x, mask, at + r * p.x_c + i, mask_at + i, min(rows, channels - r),
+                                  min(p.chunk, length - i), p.x_c, piece)  # fmt: skip
+            found = merge(found, piece)
+    return found
+
+
+@jitted
+def group_moments(p, a, x, mask, n, g, known):
+    """Moments of a group: its units merged, from `work` if they are known, else computed here."""
+    found = (0.0, 0.0, 0.0, 0.0)
+    for unit in range(p.units):
+        if known:
+            w = pointer(a.work, FLOAT64)
+            i = ((n * p.G + g) * p.units + unit) * 4
+            piece = (load_one(w, i), load_one(w, i + 1), load_one(w, i + 2), load_one(w, i + 3))
+        else:
+            piece = unit_moments(p, x, mask, n, g, unit)
+        found = merge(found, piece)
+    count, _, _, m2 = found
+    if out_of_range(m2, count, p.eps):
+        first, last = group_channels(p, g)
+        at = n * p.x_n + first * p.x_c
+        found = moments_by_element(x, mask, at, n * p.S, last - first, p.x_c, p.S, 1)
+    return found

@@ -1,0 +1,251 @@
+"""Channels last, backward: equations (9) to (14) but for the parameters' gradients."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from groupnorm._engines.cpu.channels_last.moments import (
+    APPLY,
+    BLOCK,
+    MERGE,
+    SUMS,
+    TILE,
+    group_moments,
+    merge_units,
+    slab_channels,
+    unit_moments,
+)  # fmt: skip
+from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
+from groupnorm._engines.cpu.epilogue import activation, slope
+from groupnorm._engines.cpu.groups import ROUNDING, close_sums, group_channels, real_positions
+from groupnorm._engines.cpu.memory import (
+    BOOL,
+    FLOAT32,
+    FLOAT64,
+    NONE,
+    elements_to_line,
+    fence,
+    load,
+    load_first,
+    load_one,
+    one_lane,
+    pointer,
+    store_first,
+    store_one,
+    write,
+    zeros,
+)  # fmt: skip
+from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
+from groupnorm._engines.cpu.simd import LANES, fma, select, widen
+from groupnorm._engines.cpu.statistics import is_real
+
+__all__ = ["BACKWARD_PLANES", "PLANES", "backward_kernel"]
+
+PLANES = 8  # a phase before SUMS
+BACKWARD_PLANES = 5  # m, a, b, k2, k3
+
+
+@inlined
+def _dz_vector(p, dy, residual, act, d, n, row, c, a, b, lanes):
+    """dz of up to LANES channels of a row, equation (9), from d = x - mean; the mask is the caller's."""
+    dz = load_first(dy, n * p.dy_n + row * p.dy_s + c, lanes)
+    if act is not None:
+        z = fma(d, a, b)
+        if residual is not None:
+            z = z + load_first(residual, n * p.residual_n + row * p.residual_s + c, lanes)
+        dz = dz * slope(act, z)
+    return dz
+
+
+@jitted
+def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
+    """The sums of dz, dz*d and d of channels c0..c1 over a unit's rows, d = x - mean; by blocks in lanes, then in
+    float64.
+    """
+    sums = pointer(a.sums, FLOAT64)
+    first = unit * p.unit
+    last = min(first + p.unit, p.S)
+    for start in range(first, last, BLOCK):
+        end = min(start + BLOCK, last)
+        c = c0
+        while c < c1:
+            plane = n * BACKWARD_PLANES * p.C + c
+            to = n * p.sum_n + unit * p.sum_part + c
+            lanes = min(LANES, c1 - c)
+            m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
+                          load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
+            p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
+            if c + 2 * LANES <= c1:
+                plane += LANES
+                m1, a1, b1 = load(rows_, plane), load(rows_, plane + p.C), load(rows_, plane + 2 * p.C)
+                for row in range(start, end):
+                    if is_real(mask, n * p.S + row):
+                        at = n * p.x_n + row * p.x_s + c
+                        d0, d1 = load(x, at) - m0, load(x, at + LANES) - m1
+                        z0 = _dz_vector(p, dy, residual, act, d0, n, row, c, a0, b0, LANES)
+                        z1 = _dz_vector(p, dy, residual, act, d1, n, row, c + LANES, a1, b1, LANES)
+                        p0 += z0
+                        p1 += z1
+                        q0 = fma(z0, d0, q0)
+                        q1 = fma(z1, d1, q1)
+                        e0 += d0
+                        e1 += d1
+                _add_sums(sums, to + LANES, p.sum_next, p1, q1, e1, start == first, LANES)
+                c += LANES
+            else:
+                for row in range(start, end):
+                    if is_real(mask, n * p.S + row):
+                        d0 = load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m0
+                        z0 = _dz_vector(p, dy, residual, act, d0, n, row, c, a0, b0, lanes)
+                        p0 += z0
+                        q0 = fma(z0, d0, q0)
+                        e0 += d0
+            _add_sums(sums, to, p.sum_next, p0, q0, e0, start == first, lanes)
+            c += LANES
+
+
+@jitted
+def _add_sums(sums, at, next_, s_dz, s_dzd, s_d, starts, lanes):
+    """Add a block's sums to a unit's, or start the unit with them."""
+    wide_dz, wide_dzd, wide_d = widen(s_dz), widen(s_dzd), widen(s_d)
+    if not starts:
+        wide_dz = wide_dz + load_first(sums, at, lanes)
+        wide_dzd = wide_dzd + load_first(sums, at + next_, lanes)
+        wide_d = wide_d + load_first(sums, at + 2 * next_, lanes)
+    store_first(sums, at, wide_dz, lanes)
+    store_first(sums, at + next_, wide_dzd, lanes)
+    store_first(sums, at + 2 * next_, wide_d, lanes)
+
+
+@jitted
+def _backward_planes(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
+    """The planes m, a, b of channels c0..c1; without given statistics from the units' moments."""
+    rows = 0.0
+    if not p.stats:
+        rows = merge_units(p, a, x, mask, n, c0, c1)
+    at = n * BACKWARD_PLANES * p.C
+    for g in range(c0 // p.D, p.G):
+        first, last = group_channels(p, g)
+        if first >= c1:
+            break
+        m, r = _mean_rstd(p, a, x, mask, mean, rstd, n, g, rows)
+        for c in range(first, last):
+            factor, summand = channel_affine(p, a, n, c)
+            store_one(rows_, at + c, one_lane(rows_, m))
+            store_one(rows_, at + p.C + c, one_lane(rows_, factor * r))
+            store_one(rows_, at + 2 * p.C + c, one_lane(rows_, summand))
+
+
+@jitted
+def _mean_rstd(p, a, x, mask, mean, rstd, n, g, rows):
+    """mean and rstd of a group, rounded to the statistics' type whether given or computed, so that both give the same
+    bits.
+    """
+    if p.stats:
+        return np.float64(load_one(mean, n * p.G + g)), np.float64(load_one(rstd, n * p.G + g))
+    count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, rows)
+    r = 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)
+    return np.float64(one_lane(mean, pivot + offset)), np.float64(one_lane(mean, r))
+
+
+@jitted
+def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
+    """Close the sums of the groups in channels c0..c1, and fill their planes k2 and k3."""
+    at = n * BACKWARD_PLANES * p.C
+    for g in range(c0 // p.D, p.G):
+        first, last = group_channels(p, g)
+        if first >= c1:
+            break
+        m, r = _mean_rstd(p, a, x, mask, mean, rstd, n, g, real_positions(p, mask, n))
+        k2, k3 = close_sums(p, a, mask, n, g, m, r, ROUNDING)
+        for c in range(first, last):
+            store_one(rows_, at + 3 * p.C + c, one_lane(rows_, k2))
+            store_one(rows_, at + 4 * p.C + c, one_lane(rows_, k3))
+
+
+@inlined
+def _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m, a, b, k2, k3, lanes):
+    """dx of up to LANES channels of a row, equation (14) as dz*a + (x - mean)*k2 + k3; writes dresidual on the way."""
+    d = load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m
+    dz = _dz_vector(p, dy, residual, act, d, n, row, c, a, b, lanes)
+    dx = fma(dz, a, fma(d, k2, k3))
+    if mask is not None:
+        real = load_one(mask, n * p.S + row)
+        dz, dx = select(real, dz, 0.0), select(real, dx, 0.0)
+    if dresidual is not None:
+        store_first(dresidual, n * p.dresidual_n + row * p.dresidual_s + c, dz, lanes)
+    return dx
+
+
+@jitted
+def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, first, last, c0, c1):
+    """dx of channels c0..c1 of rows first..last, in tiles, the last tile first: it is still in cache."""
+    streaming = a.stream != 0 and elements_to_line(dx, n * p.dx_n + c0) == 0 and p.dx_s % LANES == 0
+    end = last
+    while end > first:
+        start = max(end - TILE, first)
+        for c in range(c0, c1, LANES):
+            plane = n * BACKWARD_PLANES * p.C + c
+            lanes = min(LANES, c1 - c)
+            m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
+                          load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
+            k2, k3 = load_first(rows_, plane + 3 * p.C, lanes), load_first(rows_, plane + 4 * p.C, lanes)
+            if lanes == LANES:
+                for row in range(start, end):
+                    v = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, a0, b0, k2, k3, LANES)
+                    write(dx, n * p.dx_n + row * p.dx_s + c, v, streaming)
+            else:
+                for row in range(start, end):
+                    v = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, a0, b0, k2, k3, lanes)
+                    store_first(dx, n * p.dx_n + row * p.dx_s + c, v, lanes)
+        end = start
+
+
+@merged
+def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_, task):
+    if p.phase == SUMS + MERGE + APPLY:  # a slab of a sample
+        slabs = max(p.C // p.slab, 1)
+        n = task // slabs
+        c0, c1 = slab_channels(p, task % slabs)
+        if not p.stats:
+            for unit in range(p.units):
+                unit_moments(p, a, x, mask, n, unit, c0, c1)
+        _backward_planes(p, a, x, mask, mean, rstd, rows_, n, c0, c1)
+        for unit in range(p.units):
+            _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1)
+        _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1)
+        _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, 0, p.S, c0, c1)
+    elif p.phase == PLANES:
+        _backward_planes(p, a, x, mask, mean, rstd, rows_, task, 0, p.C)
+    elif p.phase == MERGE:
+        _backward_merge(p, a, x, mask, mean, rstd, rows_, task, 0, p.C)
+    else:
+        first = task * p.per_task
+        for k in range(first, min(first + p.per_task, p.N * p.units)):
+            if p.phase == SUMS:
+                _unit_sums(p, a, x, dy, residual, mask, act, rows_, k // p.units, k % p.units, 0, p.C)
+            else:
+                index = p.N * p.units - 1 - k
+                n, unit = index // p.units, index % p.units
+                last = min((unit + 1) * p.unit, p.S)
+                _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, unit * p.unit, last, 0, p.C)
+    fence()
+
+
+@cache
+def backward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
+    """The compiled backward for these element and activation codes; with a residual it also writes dresidual."""
+    residual_element, mask_element = element if residual else NONE, BOOL if mask else NONE
+    lane_element = FLOAT64 if element == FLOAT64 else FLOAT32
+
+    def kernel(plan, call, task):
+        p, a = plan_at(plan), call_at(call)
+        _backward(
+            p, a, pointer(a.x, element), pointer(a.dy, element), pointer(a.dx, element),
+            pointer(a.dresidual, residual_element), pointer(a.residual, residual_element), pointer(a.mask,
+            mask_element), activation(act), pointer(a.mean, lane_element), pointer(a.rstd, lane_element),
+            pointer(a.rows, lane_element), task,
+        )  # fmt: skip
+
+    return compiled(kernel, f"last_backward_{element}_{act}_{residual:d}_{mask:d}")

@@ -1,0 +1,167 @@
+"""Channels last, forward: equations (1) to (8), one slab after the other or one phase after the other."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from groupnorm._engines.cpu.channels_last.moments import (
+    APPLY,
+    MERGE,
+    MOMENTS,
+    TILE,
+    group_moments,
+    merge_units,
+    slab_channels,
+    unit_moments,
+)  # fmt: skip
+from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
+from groupnorm._engines.cpu.epilogue import activate, activation
+from groupnorm._engines.cpu.groups import group_channels
+from groupnorm._engines.cpu.memory import (
+    BOOL,
+    FLOAT32,
+    FLOAT64,
+    NONE,
+    elements_to_line,
+    fence,
+    load,
+    load_first,
+    load_one,
+    one_lane,
+    pointer,
+    store_first,
+    store_one,
+    write,
+)  # fmt: skip
+from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
+from groupnorm._engines.cpu.simd import LANES, fma, select
+
+__all__ = ["FORWARD_PLANES", "forward_kernel"]
+
+FORWARD_PLANES = 3  # m, a, b
+
+
+@jitted
+def _merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
+    """From the units' moments (or given ones) to mean, rstd and the planes m, a, b of channels c0..c1."""
+    moments = pointer(a.moments, FLOAT64)
+    rows = 0.0
+    if not p.stats:
+        rows = merge_units(p, a, x, mask, n, c0, c1)
+    for g in range(c0 // p.D, p.G):
+        first, last = group_channels(p, g)
+        if first >= c1:
+            break
+        group = n * p.G + g
+        if p.stats:
+            count, pivot = load_one(moments, group * 3), load_one(moments, group * 3 + 1)
+            offset, m2 = 0.0, load_one(moments, group * 3 + 2)
+        else:
+            count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, rows)
+            if a.moments != 0:
+                store_one(moments, group * 3, count)
+                store_one(moments, group * 3 + 1, pivot + offset)
+                store_one(moments, group * 3 + 2, m2)
+        m = np.float64(one_lane(x, pivot + offset))
+        rest = (pivot - m) + offset
+        r = 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)
+        if a.mean != 0:
+            store_one(mean, group, one_lane(mean, m + rest))
+            store_one(rstd, group, one_lane(rstd, r))
+        if a.y != 0:
+            at = n * FORWARD_PLANES * p.C
+            for c in range(first, last):
+                factor, summand = channel_affine(p, a, n, c)
+                slope_ = one_lane(rows_, factor * r)
+                store_one(rows_, at + c, one_lane(rows_, m))
+                store_one(rows_, at + p.C + c, slope_)
+                store_one(rows_, at + 2 * p.C + c, one_lane(rows_, summand - rest * np.float64(slope_)))
+
+
+@inlined
+def _forward_vector(p, x, residual, mask, act, n, row, c, m, a, b, lanes):
+    """y of up to LANES channels of a row: equations (5) to (8)."""
+    z = fma(load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m, a, b)
+    if residual is not None:
+        z = z + load_first(residual, n * p.residual_n + row * p.residual_s + c, lanes)
+    if act is not None:
+        z = activate(act, z)
+    if mask is not None:
+        z = select(load_one(mask, n * p.S + row), z, 0.0)
+    return z
+
+
+@jitted
+def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, first, last, c0, c1):
+    """y of channels c0..c1 of rows first..last, in tiles, the last tile first: it is the one that is still in cache."""
+    streaming = a.stream != 0 and elements_to_line(y, n * p.y_n + c0) == 0 and p.y_s % LANES == 0
+    end = last
+    while end > first:
+        start = max(end - TILE, first)
+        c = c0
+        while c < c1:
+            plane = n * FORWARD_PLANES * p.C + c
+            lanes = min(LANES, c1 - c)
+            m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
+                          load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
+            if c + 2 * LANES <= c1:
+                plane += LANES
+                m1, a1, b1 = load(rows_, plane), load(rows_, plane + p.C), load(rows_, plane + 2 * p.C)
+                for row in range(start, end):
+                    at = n * p.y_n + row * p.y_s + c
+                    v0 = _forward_vector(p, x, residual, mask, act, n, row, c, m0, a0, b0, LANES)
+                    v1 = _forward_vector(p, x, residual, mask, act, n, row, c + LANES, m1, a1, b1, LANES)
+                    write(y, at, v0, streaming)
+                    write(y, at + LANES, v1, streaming)
+                c += 2 * LANES
+            else:
+                for row in range(start, end):
+                    v0 = _forward_vector(p, x, residual, mask, act, n, row, c, m0, a0, b0, lanes)
+                    store_first(y, n * p.y_n + row * p.y_s + c, v0, lanes)
+                c += LANES
+        end = start
+
+
+@merged
+def _forward(p, a, x, y, residual, mask, act, mean, rstd, rows_, task):
+    if p.phase == MOMENTS + MERGE + APPLY:  # a slab of a sample
+        slabs = max(p.C // p.slab, 1)
+        n = task // slabs
+        c0, c1 = slab_channels(p, task % slabs)
+        if not p.stats:
+            for unit in range(p.units):
+                unit_moments(p, a, x, mask, n, unit, c0, c1)
+        _merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1)
+        if a.y != 0:
+            _forward_rows(p, a, x, y, residual, mask, act, rows_, n, 0, p.S, c0, c1)
+    elif p.phase == MERGE:
+        _merge(p, a, x, mask, mean, rstd, rows_, task, 0, p.C)
+    else:
+        first = task * p.per_task
+        for k in range(first, min(first + p.per_task, p.N * p.units)):
+            if p.phase == MOMENTS:
+                unit_moments(p, a, x, mask, k // p.units, k % p.units, 0, p.C)
+            else:
+                index = p.N * p.units - 1 - k
+                n, unit = index // p.units, index % p.units
+                last = min((unit + 1) * p.unit, p.S)
+                _forward_rows(p, a, x, y, residual, mask, act, rows_, n, unit * p.unit, last, 0, p.C)
+    fence()
+
+
+@cache
+def forward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
+    """The compiled forward for these element and activation codes."""
+    residual_element, mask_element = element if residual else NONE, BOOL if mask else NONE
+    lane_element = FLOAT64 if element == FLOAT64 else FLOAT32
+
+    def kernel(plan, call, task):
+        p, a = plan_at(plan), call_at(call)
+        _forward(
+            p, a, pointer(a.x, element), pointer(a.y, element), pointer(a.residual, residual_element),
+            pointer(a.mask, mask_element), activation(act), pointer(a.mean, lane_element), pointer(a.rstd,
+            lane_element), pointer(a.rows, lane_element), task,
+        )  # fmt: skip
+
+    return compiled(kernel, f"last_forward_{element}_{act}_{residual:d}_{mask:d}")
