@@ -162,8 +162,8 @@ class _Values:
     """Equations (1) to (7): every quantity that forward and backward share, as (N, C, S) float64 arrays."""
 
     def __init__(
-        self, x: Array, num_groups: int, weight: Array, bias: Array, eps: float, layout: str, scale: Array, shift: Array,
-        residual: Array, mask: Array, uneven: bool, mean: Array, rstd: Array,
+        self, x: Array, num_groups: int, weight: Array, bias: Array, eps: float, layout: str, scale: Array, shift:
+        Array, residual: Array, mask: Array, uneven: bool, mean: Array, rstd: Array,
     ) -> None:  # fmt: skip
         self.axis = x.ndim - 1 if layout in ("NHWC", "NLC", "NDHWC") else 1
         self.shape = np.moveaxis(x, self.axis, 1).shape

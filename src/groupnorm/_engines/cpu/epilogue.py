@@ -182,6 +182,14 @@ def _sigmoid(z):
 
 
 @inlined
+def _sigmoid_both(z):
+    """sigmoid(z) and sigmoid(-z), each to full precision: 1 - sigmoid(z) would cancel, and slopes multiply it by z."""
+    e = exp(select(z < -80.0, 80.0, 0.0 - z))  # finite, so that infinity * 0 cannot arise
+    s = 1.0 / (e + 1.0)
+    return s, e * s
+
+
+@inlined
 def _tanh(z):
     z = select(z > 20.0, 20.0, select(z < -20.0, -20.0, z))  # tanh(20) is 1 in float64
     e = expm1(z + z)
@@ -195,14 +203,14 @@ def _gelu_tanh_inner(z):
 
 @inlined
 def _gelu_tanh_slope(z):
-    s = _sigmoid(2.0 * _gelu_tanh_inner(z))  # (1 + tanh(u))/2
-    return fma(z * (s * (1.0 - s)), (2.0 * _K) * fma(z * z, 3 * 0.044715, 1.0), s)
+    s, rest = _sigmoid_both(2.0 * _gelu_tanh_inner(z))  # s is (1 + tanh(u))/2
+    return fma(z * (s * rest), (2.0 * _K) * fma(z * z, 3 * 0.044715, 1.0), s)
 
 
 @inlined
 def _silu_slope(z):
-    s = _sigmoid(z)
-    return s * fma(z, 1.0 - s, 1.0)
+    s, rest = _sigmoid_both(z)
+    return s * fma(z, rest, 1.0)
 
 
 @inlined
@@ -213,8 +221,8 @@ def _tanh_slope(z):
 
 @inlined
 def _sigmoid_slope(z):
-    s = _sigmoid(z)
-    return s * (1.0 - s)
+    s, rest = _sigmoid_both(z)
+    return s * rest
 
 
 @inlined

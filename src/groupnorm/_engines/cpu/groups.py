@@ -31,9 +31,9 @@ def close_sums(p, a, mask, n, g, m, r, rounding):
     """From the sums of dz, dz*d and d of a group's channels to those of dz*xhat, in place, and to k2 and k3 of equation
     (14), dx = dz*k1 + d*k2 + k3, where d = x - mean.
 
-    The mean at hand, m, is rounded to its type, an error of up to |m|*2^-24 that would be magnified by rstd; the sum of d
-    tells what was lost, so that xhat is (d - lost)*rstd. A mean that is off by more than `rounding` (relative) was given
-    by the caller as something else than the mean of x, and stays as it is.
+    The mean at hand, m, is rounded to its type, an error of up to |m|*2^-24 that would be magnified by rstd; the sum of
+    d tells what was lost, so that xhat is (d - lost)*rstd. A mean that is off by more than `rounding` (relative) was
+    given by the caller as something else than the mean of x, and stays as it is.
     """
     sums = pointer(a.sums, FLOAT64)
     first, last = group_channels(p, g)

@@ -16,7 +16,6 @@ from groupnorm._engines.cpu import channels_first, channels_last, parameters
 from groupnorm._engines.cpu.epilogue import ACTIVATION_CODES
 from groupnorm._engines.cpu.memory import CODES
 from groupnorm._engines.cpu.records import PLAN, SHAPED
-from groupnorm._engines.cpu.simd import LANES
 
 __all__ = ["Launch", "Plan", "make_plan"]
 
@@ -28,6 +27,7 @@ _UNIT_LAST = 1 << 16  # elements: channels last, unit
 _TASK = 1 << 14  # elements: smallest task; 5 us of work against 0.2 us for taking a task
 _SERIAL = 1 << 15  # elements for each thread that takes part; below, waking one costs more than it saves
 _TASKS_PER_THREAD = 4  # so that a thread that is put aside delays the end by a quarter at most
+_SLAB = 128  # bytes: narrowest slab; strips of 64 bytes took twice as long as whole rows
 _STREAM = 1 << 22  # bytes of output from which it is written past the cache
 
 
@@ -214,7 +214,7 @@ def _slab(p: Problem) -> int:
     slab fits or where the last group is larger than the others.
     """
     arrays = 2 if p.task == "backward" else 1
-    smallest = int(np.lcm(p.D, LANES * max(1, 64 // (LANES * p.itemsize))))
+    smallest = int(np.lcm(p.D, _SLAB // p.itemsize))
     bytes_of_channel = p.S * p.itemsize * arrays
     if p.uneven or p.C % smallest or smallest * bytes_of_channel > CACHES.l2:
         return p.C

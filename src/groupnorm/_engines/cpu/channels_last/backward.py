@@ -31,6 +31,7 @@ from groupnorm._engines.cpu.memory import (
     load_one,
     one_lane,
     pointer,
+    prefetch,
     store_first,
     store_one,
     write,
@@ -58,6 +59,22 @@ def _dz_vector(p, dy, residual, act, d, n, row, c, a, b, lanes):
     return dz
 
 
+@inlined
+def _fetch_two(p, x, dy, n, row, c):
+    """Ask for two vectors of x and of dy that will be needed in the next block."""
+    xa, ya = n * p.x_n + row * p.x_s + c, n * p.dy_n + row * p.dy_s + c
+    prefetch(x, xa)
+    prefetch(x, xa + LANES)
+    prefetch(dy, ya)
+    prefetch(dy, ya + LANES)
+
+
+@inlined
+def _three(rows_, plane, C, lanes):
+    """The numbers m, a, b of a vector of channels."""
+    return load_first(rows_, plane, lanes), load_first(rows_, plane + C, lanes), load_first(rows_, plane + 2 * C, lanes)
+
+
 @jitted
 def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
     """The sums of dz, dz*d and d of channels c0..c1 over a unit's rows, d = x - mean; by blocks in lanes, then in
@@ -82,6 +99,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
                 for row in range(start, end):
                     if is_real(mask, n * p.S + row):
                         at = n * p.x_n + row * p.x_s + c
+                        _fetch_two(p, x, dy, n, row + BLOCK, c)
                         d0, d1 = load(x, at) - m0, load(x, at + LANES) - m1
                         z0 = _dz_vector(p, dy, residual, act, d0, n, row, c, a0, b0, LANES)
                         z1 = _dz_vector(p, dy, residual, act, d1, n, row, c + LANES, a1, b1, LANES)
@@ -185,20 +203,31 @@ def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, fi
     end = last
     while end > first:
         start = max(end - TILE, first)
-        for c in range(c0, c1, LANES):
+        c = c0
+        while c < c1:
             plane = n * BACKWARD_PLANES * p.C + c
             lanes = min(LANES, c1 - c)
-            m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
-                          load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
-            k2, k3 = load_first(rows_, plane + 3 * p.C, lanes), load_first(rows_, plane + 4 * p.C, lanes)
-            if lanes == LANES:
+            m0, a0, b0 = _three(rows_, plane, p.C, lanes)
+            s0, t0 = load_first(rows_, plane + 3 * p.C, lanes), load_first(rows_, plane + 4 * p.C, lanes)
+            if c + 2 * LANES <= c1:
+                plane += LANES
+                m1, a1, b1 = _three(rows_, plane, p.C, LANES)
+                s1, t1 = load(rows_, plane + 3 * p.C), load(rows_, plane + 4 * p.C)
                 for row in range(start, end):
-                    v = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, a0, b0, k2, k3, LANES)
-                    write(dx, n * p.dx_n + row * p.dx_s + c, v, streaming)
+                    at = n * p.dx_n + row * p.dx_s + c
+                    _fetch_two(p, x, dy, n, row - TILE, c)
+                    v0 = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, a0, b0, s0, t0, LANES)
+                    v1 = _dx_vector(
+                        p, x, dy, dresidual, residual, mask, act, n, row, c + LANES, m1, a1, b1, s1, t1, LANES
+                    )
+                    write(dx, at, v0, streaming)
+                    write(dx, at + LANES, v1, streaming)
+                c += 2 * LANES
             else:
                 for row in range(start, end):
-                    v = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, a0, b0, k2, k3, lanes)
-                    store_first(dx, n * p.dx_n + row * p.dx_s + c, v, lanes)
+                    v0 = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, a0, b0, s0, t0, lanes)
+                    store_first(dx, n * p.dx_n + row * p.dx_s + c, v0, lanes)
+                c += LANES
         end = start
 
 

@@ -30,6 +30,7 @@ from groupnorm._engines.cpu.memory import (
     load_one,
     one_lane,
     pointer,
+    prefetch,
     store_first,
     store_one,
     write,
@@ -110,6 +111,8 @@ def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, first, last, c0, c1
                 m1, a1, b1 = load(rows_, plane), load(rows_, plane + p.C), load(rows_, plane + 2 * p.C)
                 for row in range(start, end):
                     at = n * p.y_n + row * p.y_s + c
+                    prefetch(x, n * p.x_n + (row - TILE) * p.x_s + c)
+                    prefetch(x, n * p.x_n + (row - TILE) * p.x_s + c + LANES)
                     v0 = _forward_vector(p, x, residual, mask, act, n, row, c, m0, a0, b0, LANES)
                     v1 = _forward_vector(p, x, residual, mask, act, n, row, c + LANES, m1, a1, b1, LANES)
                     write(y, at, v0, streaming)

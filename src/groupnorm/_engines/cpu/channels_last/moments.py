@@ -4,9 +4,9 @@ import numpy as np
 
 from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.groups import group_channels
-from groupnorm._engines.cpu.memory import FLOAT64, load, load_first, load_one, one_lane, pointer, store_first, zeros
-from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
-from groupnorm._engines.cpu.statistics import count_real, is_real, moments_by_element, out_of_range
+from groupnorm._engines.cpu.memory import FLOAT64, load, load_first, load_one, one_lane, pointer, prefetch, store_first,
+zeros from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen from groupnorm._engines.cpu.statistics
+import count_real, is_real, moments_by_element, out_of_range
 
 __all__ = ["APPLY", "BLOCK", "MERGE", "MOMENTS", "SUMS", "TILE", "group_moments", "merge_units", "slab_channels",
            "unit_moments"]  # fmt: skip
@@ -61,6 +61,8 @@ def _block_two(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at
     for r in range(rows):
         if is_real(mask, mask_at + r):
             j = at + r * step
+            prefetch(x, j + BLOCK * step)
+            prefetch(x, j + LANES + BLOCK * step)
             d0, d1 = load(x, j) - m0, load(x, j + LANES) - m1
             s0 += d0
             s1 += d1
