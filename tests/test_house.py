@@ -42,7 +42,7 @@ MAY_IMPORT = {
 # ... and these are imported by exactly these layers, or by all of them.
 IMPORTED_BY = {
     "": {"cli", "__main__", "bench"},
-    "reference": {"", "cli", "__main__", "bench", "analysis", "_dispatch", "_engines.reference"},
+    "reference": {"", "numpy", "cli", "__main__", "bench", "analysis", "_dispatch", "_engines.reference"},
     "_version": {layer for line in LAYERS for layer in line} | {""},
 }
 

@@ -9,7 +9,6 @@ Importing this module imports NumPy and nothing else; an engine is loaded when i
 from groupnorm import reference
 from groupnorm._core.buffers import empty_cache
 from groupnorm._core.moments import Moments, merge_moments
-from groupnorm._core.problem import ACTIVATIONS, DTYPES
 from groupnorm._core.threads import get_num_threads, set_num_threads
 from groupnorm._version import __version__
 from groupnorm.errors import DtypeError, EngineError, FileError, GroupNormError, OptionError, ShapeError
@@ -17,8 +16,6 @@ from groupnorm.numpy import group_norm, group_norm_backward, group_norm_vjp, mom
 from groupnorm.reference import Gradients
 
 __all__ = [
-    "ACTIVATIONS",
-    "DTYPES",
     "DtypeError",
     "EngineError",
     "FileError",

@@ -100,6 +100,16 @@ def _new_block(size: int) -> Any:
     return block
 
 
+def _renew_lock() -> None:
+    """In a forked child: whoever held the lock is not there to let go of it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def _limit() -> int:
     """Bytes of free blocks to keep: an eighth of the machine's memory, 512 MB where that is unknown."""
     try:

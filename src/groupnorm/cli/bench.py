@@ -73,7 +73,7 @@ def _choice(option: str, text: str, known: tuple[str, ...]) -> list[str]:
 
 
 def _activations(text: str) -> list[str]:
-    from groupnorm import ACTIVATIONS
+    from groupnorm._core.problem import ACTIVATIONS
 
     return _choice("activations", text, ("none", "model", *filter(None, ACTIVATIONS)))
 

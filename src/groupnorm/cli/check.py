@@ -25,7 +25,7 @@ def check(
     """
     from dataclasses import asdict
 
-    from groupnorm import ACTIVATIONS, DTYPES
+    from groupnorm._core.problem import ACTIVATIONS, DTYPES
     from groupnorm.bench.promises import check as findings
     from groupnorm.cli.console import console as new_console
 

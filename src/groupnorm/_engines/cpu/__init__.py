@@ -1,6 +1,6 @@
 """The CPU engine: kernels in Python, compiled by Numba, run by a pool of threads.
 
-From outside in: `plan.py` decides how a problem is cut, `channels_first.py` and `channels_last.py` are the kernels,
+From outside in: `plan.py` decides how a problem is cut, `channels_first/` and `channels_last/` are the kernels,
 `statistics.py`, `epilogue.py` and `parameters.py` their parts, `simd.py` and `memory.py` the vectors they are written
 in, `records.py` what they are told, `compiler.py` and `threads.py` what compiles and runs them; `copy.py` is the limit
 to measure against.

@@ -6,6 +6,7 @@ be written, the kernel is compiled anew in each process.
 """
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -30,6 +31,16 @@ merged = njit(
 inlined = njit(**_INNER, forceinline=True)  # the same, always inlined: what runs once per vector
 
 _lock = threading.Lock()  # two threads that need the same kernel compile it once
+
+
+def _renew_lock() -> None:
+    """In a forked child: whoever held the lock is not there to let go of it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @cache

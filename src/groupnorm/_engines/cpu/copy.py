@@ -8,10 +8,19 @@ from typing import Any
 import numpy as np
 
 from groupnorm._engines.cpu.compiler import compiled
-from groupnorm._engines.cpu.memory import FLOAT32, fence, load, pointer, stream
+from groupnorm._engines.cpu.memory import (
+    FLOAT32,
+    elements_to_line,
+    fence,
+    load,
+    load_first,
+    pointer,
+    store_first,
+    write,
+)
 from groupnorm._engines.cpu.records import ARRAYS, PLAN, call_at, plan_at
 from groupnorm._engines.cpu.simd import LANES
-from groupnorm._engines.cpu.threads import POOL
+from groupnorm._engines.cpu.threads import MAX_WORKERS, POOL
 
 __all__ = ["stream_copy"]
 
@@ -19,22 +28,33 @@ _PIECE = 1 << 16  # elements of a task: 256 KB
 
 
 def stream_copy(source: Any, target: Any, num_threads: int) -> None:
-    """Copy a flat float32 array into another with non-temporal stores; both start at a cache line, and their length is
-    a multiple of 16 (what is beyond the last multiple is left alone).
-    """
+    """Copy a flat array of bytes into another of the same size with non-temporal stores."""
     record = np.zeros((), PLAN)
-    record["kernel"], record["S"] = _kernel().address, source.size
-    record["tasks"], record["workers"] = -(-source.size // _PIECE), num_threads - 1
+    elements = source.nbytes // 4
+    record["kernel"], record["S"] = _kernel().address, elements
+    record["tasks"] = tasks = -(-elements // _PIECE)
+    threads = max(1, min(num_threads, tasks, MAX_WORKERS + 1))
+    record["workers"] = threads - 1
     arrays = {"x": source, "y": target}
-    POOL.run(record.ctypes.data, tuple(arrays.get(name) for name in ARRAYS), False, num_threads)
+    POOL.run(record.ctypes.data, tuple(arrays.get(name) for name in ARRAYS), False, threads)
+    target[4 * elements :] = source[4 * elements :]
 
 
 @cache
 def _kernel() -> Any:
     def kernel(plan, call, task):
         x, y = pointer(call_at(call).x, FLOAT32), pointer(call_at(call).y, FLOAT32)
-        for i in range(task * _PIECE, min((task + 1) * _PIECE, plan_at(plan).S) - LANES + 1, LANES):
-            stream(y, i, load(x, i))
+        at, end = task * _PIECE, min((task + 1) * _PIECE, plan_at(plan).S)
+        streaming = elements_to_line(y, at) < LANES
+        if streaming:
+            head = min(elements_to_line(y, at), end - at)
+            store_first(y, at, load_first(x, at, head), head)
+            at += head
+        while at + LANES <= end:
+            write(y, at, load(x, at), streaming)
+            at += LANES
+        if at < end:
+            store_first(y, at, load_first(x, at, end - at), end - at)
         fence()
 
     return compiled(kernel, "stream_copy")

@@ -16,6 +16,7 @@ from groupnorm._engines.cpu import channels_first, channels_last, parameters
 from groupnorm._engines.cpu.epilogue import ACTIVATION_CODES
 from groupnorm._engines.cpu.memory import CODES
 from groupnorm._engines.cpu.records import PLAN, SHAPED
+from groupnorm._engines.cpu.threads import MAX_WORKERS
 
 __all__ = ["Launch", "Plan", "make_plan"]
 
@@ -105,9 +106,12 @@ def _first(p: Problem, num_threads: int) -> Plan:
     elif p.task == "normalize":
         launches = [maker.launch("normalize", channels_first.APPLY, *by_unit, threads)]
     else:
-        launches = [maker.launch("moments", channels_first.MOMENTS, *by_unit, threads)]
         step = by_group if p.task == "moments" else by_unit
-        launches.append(maker.launch("normalize", channels_first.APPLY, *step, threads))
+        launches = [
+            maker.launch("moments", channels_first.MOMENTS, *by_unit, threads),
+            maker.launch("merge", channels_first.MERGE, *by_group, threads),
+            maker.launch("normalize", channels_first.APPLY, *step, threads),
+        ]
     return maker.plan(whole, reasons, launches, work=groups * 2 if backward else 0 if whole else groups * units * 4,
                       sums=p.N * p.C * parts * 3)  # fmt: skip
 
@@ -195,7 +199,7 @@ class _Maker:
 
 
 def _threads(p: Problem, num_threads: int) -> int:
-    return max(1, min(num_threads, p.N * p.C * p.S // _SERIAL))
+    return max(1, min(num_threads, MAX_WORKERS + 1, p.N * p.C * p.S // _SERIAL))
 
 
 def _balanced(pieces: int, threads: int) -> bool:

@@ -2,11 +2,12 @@
 
 A chunk is summed as d = x - m and d*d, with a pivot m near its mean; its mean is m + sum(d)/count and its M2 is
 sum(d*d) - sum(d)^2/count. The first chunk of a unit is read twice while it is in the L1 cache, once for its pivot; each
-later chunk takes the mean of the chunk before. That costs no accuracy: with chunk means u[i] around the mean u of all,
-(u[i-1] - u[i])^2 <= 2 (u[i-1] - u)^2 + 2 (u[i] - u)^2, and those squares are part of M2 itself, so that the sums of d*d
-together are at most 5 times M2. A constant chunk comes out exact. Lanes are float32 (float64 for float64 data) over at
-most a few thousand elements; chunks are merged in float64 by Chan's rule, as offsets from the first pivot, so that
-rounding goes with the spread of the data and not with its mean.
+later chunk takes the mean of the chunk before, unless that one had fewer elements. That costs no accuracy: with chunk
+means u[i] around the mean u of all, (u[i-1] - u[i])^2 <= 2 (u[i-1] - u)^2 + 2 (u[i] - u)^2, and those squares, weighted
+by counts, are part of M2 itself, so that the sums of d*d together are at most 5 times M2. A constant chunk comes out
+exact. Lanes are float32 (float64 for float64 data) over at most a few thousand elements; chunks are merged in float64
+by Chan's rule, as offsets from the first pivot, so that rounding goes with the spread of the data and not with its
+mean.
 """
 
 import numpy as np
@@ -36,14 +37,15 @@ def merge(a, b):
 def chunk_moments(x, mask, at, mask_at, rows, length, step, before):
     """Moments of `rows` runs of `length` elements, `step` apart; the same run of the mask holds for every row.
 
-    `before` is the chunk before this one, whose mean is the pivot; a count of 0 if there is none.
+    `before` is the chunk before this one, whose mean is the pivot if it has as many elements; a count of 0 if there is
+    none.
     """
     count = np.float64(rows * length)
     if mask is not None:
         count = rows * count_real(mask, mask_at, length)
         if count == 0.0:
             return 0.0, 0.0, 0.0, 0.0
-    if before[0] > 0.0:
+    if before[0] >= count:
         pivot = one_lane(x, before[1] + before[2])
     else:
         s = zeros(x)

@@ -7,8 +7,8 @@ How a group is cut depends on its shape alone, never on the batch or on threads,
 - a *task* is `p.per_task` units, numbered through all groups. With whole groups as tasks one launch does everything
   while a group is in cache; with few large groups, one launch takes the moments of the units and a second applies them.
 
-The matching phases are MOMENTS and APPLY for forward, SUMS, MERGE (by group) and APPLY for backward; their sum, in one
-launch, is the road of whole groups.
+The matching phases are MOMENTS, MERGE (by group) and APPLY for forward, SUMS, MERGE and APPLY for backward; their sum,
+in one launch, is the road of whole groups.
 """
 
 from groupnorm._engines.cpu.channels_first.backward import backward_kernel

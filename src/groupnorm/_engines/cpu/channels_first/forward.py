@@ -5,7 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from groupnorm._engines.cpu.channels_first.moments import APPLY, MOMENTS, group_moments, unit_extent, unit_moments
+from groupnorm._engines.cpu.channels_first.moments import (
+    APPLY,
+    MERGE,
+    MOMENTS,
+    group_moments,
+    load_moments,
+    store_moments,
+    unit_extent,
+    unit_moments,
+)  # fmt: skip
 from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activate, activation
 from groupnorm._engines.cpu.memory import (
@@ -71,38 +80,56 @@ def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
             store_first(y, ya + done, v, rest)
 
 
+@jitted
+def _results(p, a, x, mean, rstd, group, unit, found):
+    """Mean in lane precision, what that lacks, and rstd of a group; the group's first unit writes what the caller asked
+    for.
+    """
+    count, pivot, offset, m2 = found
+    m = np.float64(one_lane(x, pivot + offset))
+    m_rest = (pivot - m) + offset
+    r = 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)
+    if unit == 0:
+        if a.moments != 0 and not p.stats:
+            moments = pointer(a.moments, FLOAT64)
+            store_one(moments, group * 3, count)
+            store_one(moments, group * 3 + 1, pivot + offset)
+            store_one(moments, group * 3 + 2, m2)
+        if a.mean != 0:
+            store_one(mean, group, one_lane(mean, m + m_rest))
+            store_one(rstd, group, one_lane(rstd, r))
+    return m, m_rest, r
+
+
 @merged
 def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):
-    moments = pointer(a.moments, FLOAT64)
-    work = pointer(a.work, FLOAT64)
+    given = pointer(a.moments, FLOAT64)
     first = task * p.per_task
     m = m_rest = r = 0.0
     for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
         group, unit = index // p.units, index % p.units
         n, g = group // p.G, group % p.G
         if p.phase == MOMENTS:
-            count, pivot, offset, m2 = unit_moments(p, x, mask, n, g, unit)
-            store_one(work, index * 4, count)
-            store_one(work, index * 4 + 1, pivot)
-            store_one(work, index * 4 + 2, offset)
-            store_one(work, index * 4 + 3, m2)
+            store_moments(a, index, unit_moments(p, x, mask, n, g, unit))
+            continue
+        if p.phase == MERGE:  # into the place of the group's first unit
+            if unit == 0:
+                store_moments(a, index, group_moments(p, a, x, mask, n, g, True))
             continue
         if unit == 0 or index == first:
+            found = (0.0, 0.0, 0.0, 0.0)
             if p.stats:
-                count, pivot = load_one(moments, group * 3), load_one(moments, group * 3 + 1)
-                offset, m2 = 0.0, load_one(moments, group * 3 + 2)
+                found = (
+                    load_one(given, group * 3),
+                    load_one(given, group * 3 + 1),
+                    0.0,
+                    load_one(given, group * 3 + 2),
+                )
+            elif p.phase == APPLY:
+                found = load_moments(a, group * p.units)
             else:
-                count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, p.phase == APPLY)
-                if a.moments != 0 and unit == 0:
-                    store_one(moments, group * 3, count)
-                    store_one(moments, group * 3 + 1, pivot + offset)
-                    store_one(moments, group * 3 + 2, m2)
-            m = np.float64(one_lane(x, pivot + offset))
-            m_rest = (pivot - m) + offset
-            r = 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)
-            if a.mean != 0 and unit == 0:
-                store_one(mean, group, one_lane(mean, m + m_rest))
-                store_one(rstd, group, one_lane(rstd, r))
+                found = group_moments(p, a, x, mask, n, g, False)
+            m, m_rest, r = _results(p, a, x, mean, rstd, group, unit, found)
         if a.y != 0:
             _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r)
     fence()

@@ -2,11 +2,21 @@
 
 from groupnorm._engines.cpu.compiler import jitted
 from groupnorm._engines.cpu.groups import group_channels
-from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer
+from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer, store_one
 from groupnorm._engines.cpu.simd import LANES
 from groupnorm._engines.cpu.statistics import chunk_moments, merge, moments_by_element, out_of_range
 
-__all__ = ["APPLY", "MERGE", "MOMENTS", "SUMS", "group_moments", "unit_extent", "unit_moments"]
+__all__ = [
+    "APPLY",
+    "MERGE",
+    "MOMENTS",
+    "SUMS",
+    "group_moments",
+    "load_moments",
+    "store_moments",
+    "unit_extent",
+    "unit_moments",
+]
 
 MOMENTS = SUMS = 1  # what a launch does first
 APPLY, MERGE = 2, 4
@@ -49,9 +59,7 @@ def group_moments(p, a, x, mask, n, g, known):
     found = (0.0, 0.0, 0.0, 0.0)
     for unit in range(p.units):
         if known:
-            w = pointer(a.work, FLOAT64)
-            i = ((n * p.G + g) * p.units + unit) * 4
-            piece = (load_one(w, i), load_one(w, i + 1), load_one(w, i + 2), load_one(w, i + 3))
+            piece = load_moments(a, (n * p.G + g) * p.units + unit)
         else:
             piece = unit_moments(p, x, mask, n, g, unit)
         found = merge(found, piece)
@@ -61,3 +69,18 @@ def group_moments(p, a, x, mask, n, g, known):
         at = n * p.x_n + first * p.x_c
         found = moments_by_element(x, mask, at, n * p.S, last - first, p.x_c, p.S, 1)
     return found
+
+
+@jitted
+def load_moments(a, index):
+    """The moments that `store_moments` put in place `index` of work."""
+    w = pointer(a.work, FLOAT64)
+    return load_one(w, index * 4), load_one(w, index * 4 + 1), load_one(w, index * 4 + 2), load_one(w, index * 4 + 3)
+
+
+@jitted
+def store_moments(a, index, found):
+    """Keep moments in place `index` of work."""
+    w = pointer(a.work, FLOAT64)
+    for i in range(4):
+        store_one(w, index * 4 + i, found[i])

@@ -4,9 +4,19 @@ import numpy as np
 
 from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.groups import group_channels
-from groupnorm._engines.cpu.memory import FLOAT64, load, load_first, load_one, one_lane, pointer, prefetch, store_first,
-zeros from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen from groupnorm._engines.cpu.statistics
-import count_real, is_real, moments_by_element, out_of_range
+from groupnorm._engines.cpu.memory import (
+    FLOAT64,
+    load,
+    load_first,
+    load_one,
+    one_lane,
+    pointer,
+    prefetch,
+    store_first,
+    zeros,
+)  # fmt: skip
+from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
+from groupnorm._engines.cpu.statistics import count_real, is_real, moments_by_element, out_of_range
 
 __all__ = ["APPLY", "BLOCK", "MERGE", "MOMENTS", "SUMS", "TILE", "group_moments", "merge_units", "slab_channels",
            "unit_moments"]  # fmt: skip
@@ -36,9 +46,9 @@ def _merge_block(work, at, C, pivot, s, q, origin, count, before, lanes):
 
 
 @inlined
-def _pivot(work, at, s, share, origin, before, lanes):
-    """The pivot of a block: the mean of the unit so far, or of the block itself if it is the first."""
-    if before > 0.0:
+def _pivot(work, at, s, share, origin, before, count, lanes):
+    """The pivot of a block: the mean of the unit so far, or of the block itself if there were not as many rows yet."""
+    if before >= count:
         return narrow(load_first(work, at, lanes) + widen(origin), origin)
     return s * share
 
@@ -47,7 +57,7 @@ def _pivot(work, at, s, share, origin, before, lanes):
 def _block_two(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at, C, before):
     """Moments of two vectors of channels over a block of rows, merged into work."""
     s0 = s1 = zeros(x)
-    if before == 0.0:
+    if before < count:
         for r in range(rows):
             if is_real(mask, mask_at + r):
                 j = at + r * step
@@ -55,8 +65,8 @@ def _block_two(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at
                 s1 += load(x, j + LANES)
     share = one_lane(x, 1.0 / count)
     origin0, origin1 = load(x, origin_at), load(x, origin_at + LANES)
-    m0 = _pivot(work, work_at, s0, share, origin0, before, LANES)
-    m1 = _pivot(work, work_at + LANES, s1, share, origin1, before, LANES)
+    m0 = _pivot(work, work_at, s0, share, origin0, before, count, LANES)
+    m1 = _pivot(work, work_at + LANES, s1, share, origin1, before, count, LANES)
     s0 = s1 = q0 = q1 = zeros(x)
     for r in range(rows):
         if is_real(mask, mask_at + r):
@@ -76,12 +86,12 @@ def _block_two(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at
 def _block_one(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at, C, before, lanes):
     """The same for one vector, of which `lanes` channels are ours."""
     s0 = zeros(x)
-    if before == 0.0:
+    if before < count:
         for r in range(rows):
             if is_real(mask, mask_at + r):
                 s0 += load_first(x, at + r * step, lanes)
     origin = load_first(x, origin_at, lanes)
-    m = _pivot(work, work_at, s0, one_lane(x, 1.0 / count), origin, before, lanes)
+    m = _pivot(work, work_at, s0, one_lane(x, 1.0 / count), origin, before, count, lanes)
     s0 = q0 = zeros(x)
     for r in range(rows):
         if is_real(mask, mask_at + r):
