@@ -97,7 +97,7 @@ CPU = [engine for engine in ENGINES if engine.name == "cpu"]
 @dataclass(frozen=True)
 class Case:
     """One call to draw arrays for. `shape` is (N, C, *spatial) in either layout; parameters are dtype names or None;
-    `loc` is the mean of x in standard deviations; `mask` marks two thirds of the positions, and none of the last sample.
+    `loc` is the mean of x in standard deviations; `mask` marks two thirds of the positions, none of the last sample.
     """
 
     shape: tuple[int, ...]
@@ -317,8 +317,8 @@ def drawn_cube(drawn: Drawn, array: Array) -> Array:
 
 
 def check_backward(engine: Engine, *draws: Drawn, **more: Any) -> None:
-    """Every gradient of the engine keeps the promise, over all draws of one case together: of a few numbers, the error of
-    one draw may happen to be near zero, the engine's or that of the plain formula.
+    """Every gradient of the engine keeps the promise, over all draws of one case together: of a few numbers, the error
+    of one draw may happen to be near zero, the engine's or that of the plain formula.
     """
     case = draws[0].case
     lane = np.float64 if case.dtype == "float64" else np.float32
