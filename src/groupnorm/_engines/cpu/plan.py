@@ -16,6 +16,7 @@ from groupnorm._engines.cpu import channels_first, channels_last, parameters
 from groupnorm._engines.cpu.epilogue import ACTIVATION_CODES
 from groupnorm._engines.cpu.memory import CODES
 from groupnorm._engines.cpu.records import PLAN, SHAPED
+from groupnorm._engines.cpu.simd import LANES
 from groupnorm._engines.cpu.threads import MAX_WORKERS
 
 __all__ = ["Launch", "Plan", "make_plan"]
@@ -82,7 +83,9 @@ def _first(p: Problem, num_threads: int) -> Plan:
     parts = -(-p.S // _PART)
     unit = max(1, _UNIT // p.S) if parts == 1 else 1
     units = -(-last_channels // unit) * parts
-    cut = {"unit": unit, "parts": parts, "units": units, "chunk": _CHUNK // 2 if p.dtype == "float64" else _CHUNK,
+    part = -(-p.S // (parts * LANES)) * LANES
+    chunk = _CHUNK // 2 if p.dtype == "float64" else _CHUNK
+    cut = {"unit": unit, "parts": parts, "part": part, "units": units, "chunk": chunk, "chunk_rows": max(chunk // p.S, 1),
            "sum_n": p.C * parts * 3, "sum_c": parts * 3, "sum_part": 3, "sum_next": 1}  # fmt: skip
     threads = _threads(p, num_threads)
     groups = p.N * p.G

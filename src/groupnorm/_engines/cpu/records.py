@@ -38,6 +38,7 @@ PLAN = np.dtype(
         "weight", "bias", "scale", "shift",  # element codes, NONE where there is no such array
         "phase",  # what this launch does, a sum of the phases of the kernel's file
         "unit", "units", "per_task", "parts", "slab",  # how the work is cut, see the kernel's file
+        "part", "chunk_rows",  # channels first: positions of a part, channels of a chunk
         "chunk",  # channels first: elements whose moments are taken while they are in the L1 cache
         "stats",  # statistics are given: moments for forward, mean and rstd for backward
         "sum_n", "sum_c", "sum_part", "sum_next",  # backward: steps in the sums of dz, and on to dz*d and d

@@ -160,9 +160,14 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
     work = pointer(a.work, FLOAT64)
     first = task * p.per_task
     m = r = k2 = k3 = 0.0
+    group, unit = first // p.units, first % p.units - 1
+    n, g = group // p.G, group % p.G
     for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
-        group, unit = index // p.units, index % p.units
-        n, g = group // p.G, group % p.G
+        unit += 1  # counted on: four divisions would take as long as a tiny group
+        if unit == p.units:
+            unit, group, g = 0, group + 1, g + 1
+            if g == p.G:
+                n, g = n + 1, 0
         if unit == 0 or index == first:
             if p.stats:
                 m, r = np.float64(load_one(mean, group)), np.float64(load_one(rstd, group))

@@ -106,9 +106,14 @@ def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):
     given = pointer(a.moments, FLOAT64)
     first = task * p.per_task
     m = m_rest = r = 0.0
+    group, unit = first // p.units, first % p.units - 1
+    n, g = group // p.G, group % p.G
     for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
-        group, unit = index // p.units, index % p.units
-        n, g = group // p.G, group % p.G
+        unit += 1  # counted on: four divisions would take as long as a tiny group
+        if unit == p.units:
+            unit, group, g = 0, group + 1, g + 1
+            if g == p.G:
+                n, g = n + 1, 0
         if p.phase == MOMENTS:
             store_moments(a, index, unit_moments(p, x, mask, n, g, unit))
             continue

@@ -3,7 +3,6 @@
 from groupnorm._engines.cpu.compiler import jitted
 from groupnorm._engines.cpu.groups import group_channels
 from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer, store_one
-from groupnorm._engines.cpu.simd import LANES
 from groupnorm._engines.cpu.statistics import chunk_moments, merge, moments_by_element, out_of_range
 
 __all__ = [
@@ -28,11 +27,12 @@ def unit_extent(p, g, unit):
     units.
     """
     first, last = group_channels(p, g)
-    part = unit % p.parts
+    if p.parts == 1:  # the usual case, without the divisions, which cost as much as the work of a tiny unit
+        c = first + unit * p.unit
+        return c, max(min(p.unit, last - c), 0), 0, p.S
     c = first + unit // p.parts * p.unit
-    length = ((p.S + p.parts - 1) // p.parts + LANES - 1) // LANES * LANES
-    start = part * length
-    return c, max(min(p.unit, last - c), 0), start, max(min(length, p.S - start), 0)
+    start = unit % p.parts * p.part
+    return c, max(min(p.unit, last - c), 0), start, max(min(p.part, p.S - start), 0)
 
 
 @jitted
@@ -44,7 +44,7 @@ def unit_moments(p, x, mask, n, g, unit):
     if channels > 1 and mask is None and p.x_c == p.S:  # the unit's channels are one run
         length, channels = length * channels, 1
     found = piece = (0.0, 0.0, 0.0, 0.0)
-    rows = max(min(p.chunk // max(length, 1), channels), 1)
+    rows = min(p.chunk_rows, max(channels, 1))
     for r in range(0, channels, rows):
         for i in range(0, length, p.chunk):
             piece = chunk_moments(x, mask, at + r * p.x_c + i, mask_at + i, min(rows, channels - r),
