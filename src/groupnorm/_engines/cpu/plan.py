@@ -85,8 +85,10 @@ def _first(p: Problem, num_threads: int) -> Plan:
     units = -(-last_channels // unit) * parts
     part = -(-p.S // (parts * LANES)) * LANES
     chunk = _CHUNK // 2 if p.dtype == "float64" else _CHUNK
-    cut = {"unit": unit, "parts": parts, "part": part, "units": units, "chunk": chunk,
-           "chunk_rows": max(chunk // p.S, 1), "sum_n": p.C * parts * 3, "sum_c": parts * 3, "sum_part": 3, "sum_next": 1}  # fmt: skip
+    cut = {
+        "unit": unit, "parts": parts, "part": part, "units": units, "chunk": chunk, "chunk_rows": max(chunk // p.S, 1),
+        "sum_n": p.C * parts * 3, "sum_c": parts * 3, "sum_part": 3, "sum_next": 1,
+    }  # fmt: skip
     threads = _threads(p, num_threads)
     groups = p.N * p.G
     whole = _balanced(groups, threads)
