@@ -36,7 +36,7 @@ SIZES = [  # shape, groups
 ]
 WITHIN_16_BIT = ("relu", "silu")
 ACTIVATIONS = [
-    *(("float32", activation) for activation in gn.ACTIVATIONS if activation is not None),
+    *(("float32", activation) for activation in reference.ACTIVATIONS if activation is not None),
     *((dtype, activation) for dtype in ("float16", "bfloat16") for activation in WITHIN_16_BIT),
     *(("float64", activation) for activation in ("gelu", "tanh")),
 ]

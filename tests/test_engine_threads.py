@@ -1,14 +1,10 @@
-"""The CPU engine among threads and processes: its pool, its compiled kernels on disk, its plans and its memory."""
+"""The CPU engine among threads and processes: its pool, and its compiled kernels on disk."""
 
-import gc
 import os
 import shutil
 import subprocess
 import sys
 import threading
-import time
-from dataclasses import FrozenInstanceError
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +12,14 @@ import numpy as np
 import pytest
 
 import groupnorm as gn
-from groupnorm._core import buffers
-from groupnorm._core.arguments import Options, prepare
-from groupnorm._engines import cpu
+from programs import SOURCE, python
 
-planning = import_module("groupnorm._engines.cpu.plan")  # the package has a function of that name
-SOURCE = Path(gn.__file__).resolve().parents[1]
 LARGE = (4, 32, 64, 64)  # 2 MB: threads share it, and its output is a recycled block
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
 
 def draw(shape: tuple[int, ...] = LARGE, seed: int = 0) -> Any:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def python(
-    code: str, *, ok: bool = True, source: Path = SOURCE, timeout: float = 240, **environment: str | None
-) -> Any:
-    """Run a program of its own; None unsets a variable. Returns what it printed."""
-    variables = {**os.environ, "PYTHONPATH": str(source), "GROUPNORM_NUM_THREADS": "2", **environment}
-    variables = {name: value for name, value in variables.items() if value is not None}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    if ok:
-        assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
-        assert not done.stderr, done.stderr[-2000:]
-        return done.stdout
-    return done
 
 
 # ---- threads ---------------------------------------------------------------------------------------------------------
@@ -298,192 +269,3 @@ def test_installed_where_nothing_can_be_written(tmp_path: Path) -> None:
     before = set(copy.rglob("*"))
     assert python(CALL, source=copy, **nowhere) == python(CALL)
     assert set(copy.rglob("*")) == before
-
-
-# ---- plans -----------------------------------------------------------------------------------------------------------
-
-
-def plan_of(task: str, shape: tuple[int, ...], groups: int, threads: int, layout: str = "NCHW", **options: Any) -> Any:
-    x = np.empty(shape, options.pop("dtype", np.float32))
-    arrays = {"x": x, **({"dy": x} if task == "backward" else {})}
-    call, _ = prepare(Options(task, groups, 1e-5, layout, options.get("activation"), False), arrays)
-    return planning.make_plan(call.problem, threads)
-
-
-@pytest.mark.parametrize(
-    ("task", "shape", "groups", "layout", "threads", "lines"),
-    [
-        ("forward", (8, 64, 32, 32), 8, "NCHW", 2, ["N=8 C=64 S=1024 G=8, float32, channels first", "road: whole"]),
-        ("forward", (1, 8, 128, 130), 1, "NCHW", 2, ["road: phases", "launch 1: moments", "normalize, "]),
-        ("backward", (1, 8, 128, 130), 1, "NCHW", 2, ["road: phases", "sums", "merge", "gradient"]),
-        ("forward", (1, 128, 130, 8), 1, "NHWC", 2, ["channels last", "road: phases", "moments", "merge", "normalize"]),
-        ("forward", (1, 8, 128, 130), 1, "NCHW", 1, ["road: whole", "1 threads"]),
-        ("forward", (0, 8, 4), 2, "NCHW", 2, ["road: empty", "no elements"]),
-        ("forward", (8, 64, 128, 128), 8, "NCHW", 2, ["past the cache"]),
-        ("forward", (1, 8, 4, 4), 2, "NCHW", 2, ["through the cache", "on 1 threads"]),
-    ],
-)  # fmt: skip
-def test_plan_explains_itself(
-    task: str, shape: tuple[int, ...], groups: int, layout: str, threads: int, lines: list[str]
-) -> None:
-    text = str(plan_of(task, shape, groups, threads, layout))
-    for line in lines:
-        assert line in text, text
-    assert text.splitlines()[0].startswith(f"{task}: N=")
-    assert any(line.startswith("  because ") for line in text.splitlines())
-
-
-def test_plan_is_frozen_and_a_pure_function() -> None:
-    first, second = (plan_of("forward", (1, 8, 128, 130), 1, 2) for _ in range(2))
-    assert str(first) == str(second)
-    with pytest.raises((FrozenInstanceError, AttributeError)):
-        first.road = "another"
-    with pytest.raises((FrozenInstanceError, AttributeError)):
-        first.launches[0].tasks = 1
-
-
-def test_plan_is_made_once_for_each_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-    monkeypatch.setattr(cpu, "make_plan", lambda *a: made.append(a) or planning.make_plan(*a))
-    shape = (3, 6, 7, 11)  # of no other test
-    for seed in range(3):
-        gn.group_norm(draw(shape, seed), 3)
-    assert len(made) == 1
-    gn.group_norm(draw(shape), 3, eps=1e-3)
-    gn.group_norm(draw(shape)[:, :, ::-1], 3)
-    assert len(made) == 3
-
-
-# ---- memory ----------------------------------------------------------------------------------------------------------
-
-
-def address(array: Any) -> int:
-    return int(array.__array_interface__["data"][0])
-
-
-def test_dead_output_is_used_again_and_never_a_living_one() -> None:
-    x = draw()
-    gn.empty_cache()
-    first = gn.group_norm(x, 8)
-    where = address(first)
-    view = first[1, 2:4]
-    kept = view.copy()
-    del first
-    gc.collect()
-    second = gn.group_norm(x * 2, 8)
-    assert address(second) != where, "the block is still in use by a view"
-    assert np.array_equal(view, kept)
-    del view
-    gc.collect()
-    third = gn.group_norm(x, 8)
-    assert address(third) == where
-    assert where % 64 == 0
-    del second, third
-
-
-def test_views_of_all_kinds_keep_a_block() -> None:
-    x = draw()
-    gn.empty_cache()
-    for keep in (
-        memoryview,
-        lambda a: a.reshape(-1)[5:],
-        lambda a: np.frombuffer(a, np.uint8),
-        lambda a: a.T.view(np.int32),
-    ):
-        y = gn.group_norm(x, 8)
-        where, kept = address(y), keep(y)
-        before = bytes(np.asarray(kept).tobytes())
-        del y
-        gc.collect()
-        others = [gn.group_norm(x + i, 8) for i in range(3)]
-        assert where not in map(address, others)
-        assert np.asarray(kept).tobytes() == before
-        del kept, others
-
-
-def test_output_collected_on_another_thread() -> None:
-    """A cycle that holds outputs may be collected anywhere, also inside the allocator itself."""
-    x = draw()
-
-    class Knot:
-        def __init__(self) -> None:
-            self.self, self.y = self, gn.group_norm(x, 8)
-
-    want = gn.group_norm(x, 8)
-    wrong: list[Any] = []
-
-    def work() -> None:
-        for _ in range(6):
-            Knot()
-            if not np.array_equal(gn.group_norm(x, 8), want):
-                wrong.append("changed")
-            gc.collect()
-
-    before = gc.get_threshold()
-    gc.set_threshold(1)
-    try:
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-        assert not any(thread.is_alive() for thread in threads), "a thread hangs"
-    finally:
-        gc.set_threshold(*before)
-    assert not wrong
-
-
-def test_free_blocks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = draw()
-    gn.empty_cache()
-    monkeypatch.setattr(buffers, "_LIMIT", 5 * x.nbytes)
-    outputs = [gn.group_norm(x, 8) for _ in range(12)]
-    del outputs
-    gc.collect()
-    last = gn.group_norm(x, 8)
-    assert sum(map(len, buffers._free)) <= 5 * x.nbytes
-    del last
-    gn.empty_cache()
-    assert not buffers._free
-
-
-def test_block_of_another_size_is_not_wasted() -> None:
-    gn.empty_cache()
-    where = address(gn.group_norm(draw((8, 32, 64, 64)), 8))
-    gc.collect()
-    small = gn.group_norm(draw((4, 32, 64, 64)), 8)
-    assert address(small) != where
-    del small
-
-
-RSS = """
-import numpy as np, groupnorm as gn, resource, sys
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-small = np.ones((4, 32, 64, 64), 'f4')
-{warm}
-x = np.ones((16, 64, 128, 128), 'f4')
-before = peak()
-y = {call}
-print((peak() - before) / x.nbytes)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no resource module")
-@pytest.mark.parametrize(
-    ("call", "outputs"),
-    [("gn.group_norm({}, 8)", 1), ("gn.group_norm({0}, 8, out={0})", 0), ("gn.group_norm_vjp({0}, {0}, 8)", 1),
-     ("gn.moments({}, 8)", 0)],
-)  # fmt: skip
-def test_peak_memory_is_inputs_and_outputs(call: str, outputs: int) -> None:
-    """67 MB of x: nothing of its size is made beside the outputs. The peak is the process's own, mappings included."""
-    grown = float(python(RSS.format(warm=call.format("small"), call=call.format("x"))))
-    assert grown < outputs + 0.1, f"{grown:.2f} times x"
-
-
-def test_a_known_small_call_allocates_little() -> None:
-    x, w = draw((2, 32, 8, 8)), np.ones(32, np.float32)
-    gn.group_norm(x, 8, w, w)
-    start = time.perf_counter()
-    for _ in range(200):
-        gn.group_norm(x, 8, w, w)
-    assert time.perf_counter() - start < 2, "a known call makes its plan again"
