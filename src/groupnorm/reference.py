@@ -142,7 +142,7 @@ def moments(
     x: Array, num_groups: int, *, layout: str = "NCHW", mask: Array = None, uneven: bool = False
 ) -> tuple[Array, Array, Array]:
     """Count, mean and M2 (= M*var) of every group, each (N, G), by (1)-(3); the count of an empty group is 0."""
-    v = _Values(x, num_groups, None, None, 0.0, layout, None, None, None, mask, uneven, None, None)
+    v = _Values(x, num_groups, None, None, 1.0, layout, None, None, None, mask, uneven, None, None)
     found = [_statistics(v.cube(x)[:, channels], v.m) for channels in v.groups]
     count, mean, var = (np.stack(column, 1) for column in zip(*found, strict=True))
     return count * v.m.any((1, 2))[:, None], mean, var * count

@@ -99,6 +99,8 @@ def prepare(options: Options, arrays: dict[str, Array]) -> tuple[Call, dict[str,
     own = Walk(c * s, 1, c) if channels_last else Walk(c * s, s, 1)  # of an array allocated in the order of memory
     walks |= dict.fromkeys(("y", "dx", "dresidual"), own)
 
+    if options.task == "backward" and arrays["dy"] is None:
+        raise DtypeError("dy must be an array of x's shape: got None; pass the gradient of y")
     for name in _LIKE_X:
         if arrays.get(name) is not None:
             array = _floats(name, arrays[name])
@@ -186,7 +188,10 @@ def _check_out(out: Any, x: Array) -> Array:
 
 def _check_mask(mask: Any, shape: tuple[int, ...], axis: int, order: tuple[int, ...]) -> Array:
     """The mask with its positions in the order in which x is walked, contiguous."""
-    array = np.asarray(mask)
+    try:
+        array = np.asarray(mask)
+    except (ValueError, TypeError) as error:
+        raise DtypeError(f"mask must be an array of bool: got {type(mask).__name__} ({error})") from error
     if array.dtype != np.bool_:
         raise DtypeError(
             f"mask must be of type bool: got {array.dtype}; True marks a real position, e.g. mask = lengths > t"

@@ -1,6 +1,7 @@
 """Problem: what is asked of an engine, in one frozen value; and the checks of a call's arguments."""
 
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,11 +61,13 @@ def check_num_groups(num_groups: Any, channels: int, uneven: bool) -> int:
     """num_groups as an int; OptionError if it is not a positive whole number, ShapeError if it does not fit the
     channels.
     """
-    if isinstance(num_groups, bool) or not hasattr(num_groups, "__index__"):
-        raise OptionError(
-            f"num_groups must be a whole number: got {num_groups!r} ({type(num_groups).__name__}); pass an int"
-        )
-    groups = int(num_groups.__index__())
+    try:
+        groups = None if isinstance(num_groups, bool) else int(operator.index(num_groups))
+    except TypeError:
+        groups = None
+    if groups is None:
+        got = f"{num_groups!r} ({type(num_groups).__name__})"
+        raise OptionError(f"num_groups must be a whole number: got {got}; pass an int")
     if groups < 1:
         raise OptionError(f"num_groups must be at least 1: got {groups}; use 1 for all channels in one group")
     if channels < 1:

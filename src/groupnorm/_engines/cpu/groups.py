@@ -7,7 +7,7 @@ from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer, store_one
 from groupnorm._engines.cpu.records import channel_affine
 from groupnorm._engines.cpu.statistics import count_real
 
-__all__ = ["ROUNDING", "close_sums", "group_channels", "real_positions"]
+__all__ = ["close_sums", "group_channels", "real_positions"]
 
 ROUNDING = 2.0**-22  # four times what rounding a mean to float32 can lose
 
@@ -27,13 +27,13 @@ def real_positions(p, mask, n):
 
 
 @jitted
-def close_sums(p, a, mask, n, g, m, r, rounding):
-    """From the sums of dz, dz*d and d of a group's channels to those of dz*xhat, in place, and to k2 and k3 of equation
-    (14), dx = dz*k1 + d*k2 + k3, where d = x - mean.
+def close_sums(p, a, mask, n, g, m, r):
+    """From the sums of dz, dz*h and h of a group's channels to those of dz*xhat, in place, and to k2 and k3 of equation
+    (14), dx = dz*k1 + h*k2 + k3, where h = (x - m)*r.
 
-    The mean at hand, m, is rounded to its type, an error of up to |m|*2^-24 that would be magnified by rstd; the sum of
-    d tells what was lost, so that xhat is (d - lost)*rstd. A mean that is off by more than `rounding` (relative) was
-    given by the caller as something else than the mean of x, and stays as it is.
+    The mean at hand, m, is rounded to its type, an error of up to |m|*2^-24 that rstd magnifies; the sum of h tells
+    what was lost, so that xhat is h - lost. A mean that is off by more than ROUNDING was given by the caller as
+    something else than the mean of x, and stays as it is.
     """
     sums = pointer(a.sums, FLOAT64)
     first, last = group_channels(p, g)
@@ -43,7 +43,7 @@ def close_sums(p, a, mask, n, g, m, r, rounding):
         for part in range(p.parts):
             lost += load_one(sums, n * p.sum_n + c * p.sum_c + part * p.sum_part + 2 * p.sum_next)
     lost /= count
-    if abs(lost) > rounding * abs(m):
+    if abs(lost) > ROUNDING * abs(m) * r:
         lost = 0.0
     s1 = s2 = 0.0
     for c in range(first, last):
@@ -51,9 +51,9 @@ def close_sums(p, a, mask, n, g, m, r, rounding):
         for part in range(p.parts):
             at = n * p.sum_n + c * p.sum_c + part * p.sum_part
             s_dz = load_one(sums, at)
-            s_dzh = (load_one(sums, at + p.sum_next) - lost * s_dz) * r
+            s_dzh = load_one(sums, at + p.sum_next) - lost * s_dz
             store_one(sums, at + p.sum_next, s_dzh)
             s1 += factor * s_dz
             s2 += factor * s_dzh
-    k2 = -r * r * s2 / count
+    k2 = -r * s2 / count
     return k2, -r * s1 / count - k2 * lost

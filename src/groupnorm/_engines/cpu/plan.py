@@ -152,7 +152,7 @@ def _last(p: Problem, num_threads: int) -> Plan:
         if p.task != "moments":
             launches.append(maker.launch("normalize", apply, *by_unit, threads))
     planes = channels_last.BACKWARD_PLANES if backward else channels_last.FORWARD_PLANES
-    return maker.plan(whole, reasons, launches, work=0 if p.stats or p.task == "normalize" else p.N * units * 2 * p.C,
+    return maker.plan(whole, reasons, launches, work=0 if p.stats or p.task == "normalize" else p.N * units * 3 * p.C,
                       sums=p.N * units * 3 * p.C, rows=0 if p.task == "moments" else p.N * planes * p.C)  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def moments_by_element(x, mask, at, mask_at, rows, step, length, stride):
                 d = np.float64(load_one(x, at + r * step + i * stride)) - mean
                 s2 += d
                 q += d * d
-    return count, mean, s2 / count, q - s2 * s2 / count
+    return count, mean, s2 / count, max(q - s2 * s2 / count, 0.0)
 
 
 @jitted

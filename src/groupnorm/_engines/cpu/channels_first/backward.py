@@ -8,7 +8,7 @@ import numpy as np
 from groupnorm._engines.cpu.channels_first.moments import APPLY, MERGE, SUMS, group_moments, unit_extent
 from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activation, slope
-from groupnorm._engines.cpu.groups import ROUNDING, close_sums
+from groupnorm._engines.cpu.groups import close_sums
 from groupnorm._engines.cpu.memory import (
     BOOL,
     FLOAT32,
@@ -32,11 +32,11 @@ __all__ = ["backward_kernel"]
 
 
 @inlined
-def _dz_vector(d, dy, residual, mask, act, ya, ra, ma, count, a, b):
-    """dz of up to LANES elements, equation (9); d is x - mean."""
+def _dz_vector(h, dy, residual, mask, act, ya, ra, ma, count, a, b):
+    """dz of up to LANES elements, equation (9), from h = xhat."""
     dz = load_first(dy, ya, count)
     if act is not None:
-        z = fma(d, a, b)
+        z = fma(h, a, b)
         if residual is not None:
             z = z + load_first(residual, ra, count)
         dz = dz * slope(act, z)
@@ -46,22 +46,24 @@ def _dz_vector(d, dy, residual, mask, act, ya, ra, ma, count, a, b):
 
 
 @inlined
-def _deviation(x, mask, xa, ma, count, m):
-    """x - mean of up to LANES elements, 0 where there is no element or the mask does not hold."""
-    d = load_first(x, xa, count) - m
+def _xhat(x, mask, xa, ma, count, m, r):
+    """xhat of up to LANES elements, 0 where there is no element or the mask does not hold. Sums are taken of dz*xhat
+    and not of dz*(x - mean), which could leave float32's range.
+    """
+    h = (load_first(x, xa, count) - m) * r
     if mask is not None:
-        return select(load_first(mask, ma, count), d, 0.0)
-    return select(first_lanes(count), d, 0.0)
+        return select(load_first(mask, ma, count), h, 0.0)
+    return select(first_lanes(count), h, 0.0)
 
 
 @inlined
-def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count, m, k1, b, k2, k3):
-    """dx of up to LANES elements, equation (14) as dz*k1 + (x - mean)*k2 + k3; writes dresidual on the way."""
-    d = load_first(x, xa, count) - m
-    dz = _dz_vector(d, dy, residual, mask, act, ya, ra, ma, count, k1, b)
+def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count, m, r, a, b, k1, k2, k3):
+    """dx of up to LANES elements, equation (14) as dz*k1 + xhat*k2 + k3; writes dresidual on the way."""
+    h = (load_first(x, xa, count) - m) * r
+    dz = _dz_vector(h, dy, residual, mask, act, ya, ra, ma, count, a, b)
     if dresidual is not None:
         store_first(dresidual, sa, dz, count)
-    dx = fma(dz, k1, fma(d, k2, k3))
+    dx = fma(dz, k1, fma(h, k2, k3))
     if mask is not None:
         dx = select(load_first(mask, ma, count), dx, 0.0)
     return dx
@@ -69,13 +71,13 @@ def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count,
 
 @jitted
 def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r):
-    """Write the sums of dz, dz*d and d of each channel of a unit, d = x - mean; by chunks in lanes, then in float64."""
+    """Write the sums of dz, dz*xhat and xhat of each channel of a unit; by chunks in lanes, then in float64."""
     sums = pointer(a.sums, FLOAT64)
     c, channels, start, length = unit_extent(p, g, unit)
-    lane_m = one_lane(x, m)
+    lane_m, lane_r = one_lane(x, m), one_lane(x, r)
     for channel in range(c, c + channels):
         factor, summand = channel_affine(p, a, n, channel)
-        slope_, shift = one_lane(x, factor * r), one_lane(x, summand)
+        slope_, shift = one_lane(x, factor), one_lane(x, summand)
         s_dz = s_dzd = s_d = 0.0
         for i in range(start, start + length, p.chunk):
             xa, ya = n * p.x_n + channel * p.x_c + i, n * p.dy_n + channel * p.dy_c + i
@@ -84,25 +86,25 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r):
             p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
             done = 0
             while done + 2 * LANES <= end:
-                d = _deviation(x, mask, xa + done, ma + done, LANES, lane_m)
-                dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, slope_, shift)
+                h = _xhat(x, mask, xa + done, ma + done, LANES, lane_m, lane_r)
+                dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, slope_, shift)
                 p0 += dz
-                q0 = fma(dz, d, q0)
-                e0 += d
+                q0 = fma(dz, h, q0)
+                e0 += h
                 done += LANES
-                d = _deviation(x, mask, xa + done, ma + done, LANES, lane_m)
-                dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, slope_, shift)
+                h = _xhat(x, mask, xa + done, ma + done, LANES, lane_m, lane_r)
+                dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, slope_, shift)
                 p1 += dz
-                q1 = fma(dz, d, q1)
-                e1 += d
+                q1 = fma(dz, h, q1)
+                e1 += h
                 done += LANES
             while done < end:
                 rest = end - done
-                d = _deviation(x, mask, xa + done, ma + done, rest, lane_m)
-                dz = _dz_vector(d, dy, residual, mask, act, ya + done, ra + done, ma + done, rest, slope_, shift)
+                h = _xhat(x, mask, xa + done, ma + done, rest, lane_m, lane_r)
+                dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, rest, slope_, shift)
                 p0 += dz
-                q0 = fma(dz, d, q0)
-                e0 += d
+                q0 = fma(dz, h, q0)
+                e0 += h
                 done += LANES
             s_dz += np.float64(sum_lanes(p0 + p1))
             s_dzd += np.float64(sum_lanes(q0 + q1))
@@ -117,10 +119,11 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r):
 def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, r, k2, k3):
     """dx of a unit, channel by channel."""
     c, channels, start, length = unit_extent(p, g, unit)
-    lane_m, lane_k2, lane_k3 = one_lane(x, m), one_lane(x, k2), one_lane(x, k3)
+    lane_m, lane_r = one_lane(x, m), one_lane(x, r)
+    lane_k2, lane_k3 = one_lane(x, k2), one_lane(x, k3)
     for channel in range(c, c + channels):
         factor, summand = channel_affine(p, a, n, channel)
-        k1, shift = one_lane(x, factor * r), one_lane(x, summand)
+        slope_, shift, k1 = one_lane(x, factor), one_lane(x, summand), one_lane(x, factor * r)
         xa, ya = n * p.x_n + channel * p.x_c + start, n * p.dy_n + channel * p.dy_c + start
         da, sa = n * p.dx_n + channel * p.dx_c + start, n * p.dresidual_n + channel * p.dresidual_c + start
         ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
@@ -129,27 +132,26 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
             head = min(elements_to_line(dx, da), length)
             streaming = head < LANES
             if 0 < head < LANES:
-                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, head, lane_m, k1, shift,
-                lane_k2,
-                               lane_k3)  # fmt: skip
+                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma,
+                               head, lane_m, lane_r, slope_, shift, k1, lane_k2, lane_k3)  # fmt: skip
                 store_first(dx, da, v, head)
                 done = head
         while done + LANES <= length:
             v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
-                           LANES, lane_m, k1, shift, lane_k2, lane_k3)  # fmt: skip
+                           LANES, lane_m, lane_r, slope_, shift, k1, lane_k2, lane_k3)  # fmt: skip
             write(dx, da + done, v, streaming)
             done += LANES
         if done < length:
             rest = length - done
             v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
-                           rest, lane_m, k1, shift, lane_k2, lane_k3)  # fmt: skip
+                           rest, lane_m, lane_r, slope_, shift, k1, lane_k2, lane_k3)  # fmt: skip
             store_first(dx, da + done, v, rest)
 
 
 @jitted
 def _group_totals(p, a, mask, n, g, m, r):
-    """Close the sums of a group, and keep k2 and k3 of dx = dz*k1 + (x - mean)*k2 + k3 for its units."""
-    k2, k3 = close_sums(p, a, mask, n, g, m, r, ROUNDING)
+    """Close the sums of a group, and keep k2 and k3 of dx = dz*k1 + xhat*k2 + k3 for its units."""
+    k2, k3 = close_sums(p, a, mask, n, g, m, r)
     work = pointer(a.work, FLOAT64)
     store_one(work, (n * p.G + g) * 2, k2)
     store_one(work, (n * p.G + g) * 2 + 1, k3)

@@ -5,12 +5,13 @@ How a sample is cut depends on its shape alone, never on the batch or on threads
 
 - a *block* is BLOCK rows (positions) by two vectors of channels: its moments are taken per channel, as statistics.py
   says for chunks, and merged per channel in float64;
-- a *unit* is `p.unit` rows; the moments of its channels, relative to the sample's first row, are kept in `work`;
+- a *unit* is `p.unit` rows; the moments of its channels are kept in `work`;
 - a *slab* is `p.slab` channels, whole groups of them; slabs do not depend on each other;
 - a *task* is one slab of one sample, doing everything while the slab is in cache, or `p.per_task` units of all samples,
   doing one phase: MOMENTS (SUMS for backward), MERGE, which is one task a sample, and APPLY.
 
-What each channel needs in APPLY lies in `rows`, as planes of C numbers of lane type: m, a, b, and for backward k2, k3.
+What each channel needs in APPLY lies in `rows`, as planes of C numbers of lane type: m, a, b for forward, m, r, a, b,
+k2, k3 for backward.
 """
 
 from groupnorm._engines.cpu.channels_last.backward import BACKWARD_PLANES, PLANES, backward_kernel

@@ -18,7 +18,7 @@ from groupnorm._engines.cpu.channels_last.moments import (
 )  # fmt: skip
 from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activation, slope
-from groupnorm._engines.cpu.groups import ROUNDING, close_sums, group_channels, real_positions
+from groupnorm._engines.cpu.groups import close_sums, group_channels, real_positions
 from groupnorm._engines.cpu.memory import (
     BOOL,
     FLOAT32,
@@ -44,15 +44,15 @@ from groupnorm._engines.cpu.statistics import is_real
 __all__ = ["BACKWARD_PLANES", "PLANES", "backward_kernel"]
 
 PLANES = 8  # a phase before SUMS
-BACKWARD_PLANES = 5  # m, a, b, k2, k3
+BACKWARD_PLANES = 6  # m, r, a, b, k2, k3
 
 
 @inlined
-def _dz_vector(p, dy, residual, act, d, n, row, c, a, b, lanes):
-    """dz of up to LANES channels of a row, equation (9), from d = x - mean; the mask is the caller's."""
+def _dz_vector(p, dy, residual, act, h, n, row, c, a, b, lanes):
+    """dz of up to LANES channels of a row, equation (9), from h = xhat; the mask is the caller's."""
     dz = load_first(dy, n * p.dy_n + row * p.dy_s + c, lanes)
     if act is not None:
-        z = fma(d, a, b)
+        z = fma(h, a, b)
         if residual is not None:
             z = z + load_first(residual, n * p.residual_n + row * p.residual_s + c, lanes)
         dz = dz * slope(act, z)
@@ -70,14 +70,17 @@ def _fetch_two(p, x, dy, n, row, c):
 
 
 @inlined
-def _three(rows_, plane, C, lanes):
-    """The numbers m, a, b of a vector of channels."""
-    return load_first(rows_, plane, lanes), load_first(rows_, plane + C, lanes), load_first(rows_, plane + 2 * C, lanes)
+def _four(rows_, plane, C, lanes):
+    """The numbers m, r, a, b of a vector of channels."""
+    return (
+        load_first(rows_, plane, lanes), load_first(rows_, plane + C, lanes), load_first(rows_, plane + 2 * C, lanes),
+        load_first(rows_, plane + 3 * C, lanes),
+    )  # fmt: skip
 
 
 @jitted
 def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
-    """The sums of dz, dz*d and d of channels c0..c1 over a unit's rows, d = x - mean; by blocks in lanes, then in
+    """The sums of dz, dz*xhat and xhat of channels c0..c1 over a unit's rows; by blocks in lanes, then in
     float64.
     """
     sums = pointer(a.sums, FLOAT64)
@@ -90,55 +93,54 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
             plane = n * BACKWARD_PLANES * p.C + c
             to = n * p.sum_n + unit * p.sum_part + c
             lanes = min(LANES, c1 - c)
-            m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
-                          load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
+            m0, r0, a0, b0 = _four(rows_, plane, p.C, lanes)
             p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
             if c + 2 * LANES <= c1:
                 plane += LANES
-                m1, a1, b1 = load(rows_, plane), load(rows_, plane + p.C), load(rows_, plane + 2 * p.C)
+                m1, r1, a1, b1 = _four(rows_, plane, p.C, LANES)
                 for row in range(start, end):
                     if is_real(mask, n * p.S + row):
                         at = n * p.x_n + row * p.x_s + c
                         _fetch_two(p, x, dy, n, row + BLOCK, c)
-                        d0, d1 = load(x, at) - m0, load(x, at + LANES) - m1
-                        z0 = _dz_vector(p, dy, residual, act, d0, n, row, c, a0, b0, LANES)
-                        z1 = _dz_vector(p, dy, residual, act, d1, n, row, c + LANES, a1, b1, LANES)
+                        h0, h1 = (load(x, at) - m0) * r0, (load(x, at + LANES) - m1) * r1
+                        z0 = _dz_vector(p, dy, residual, act, h0, n, row, c, a0, b0, LANES)
+                        z1 = _dz_vector(p, dy, residual, act, h1, n, row, c + LANES, a1, b1, LANES)
                         p0 += z0
                         p1 += z1
-                        q0 = fma(z0, d0, q0)
-                        q1 = fma(z1, d1, q1)
-                        e0 += d0
-                        e1 += d1
+                        q0 = fma(z0, h0, q0)
+                        q1 = fma(z1, h1, q1)
+                        e0 += h0
+                        e1 += h1
                 _add_sums(sums, to + LANES, p.sum_next, p1, q1, e1, start == first, LANES)
                 c += LANES
             else:
                 for row in range(start, end):
                     if is_real(mask, n * p.S + row):
-                        d0 = load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m0
-                        z0 = _dz_vector(p, dy, residual, act, d0, n, row, c, a0, b0, lanes)
+                        h0 = (load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m0) * r0
+                        z0 = _dz_vector(p, dy, residual, act, h0, n, row, c, a0, b0, lanes)
                         p0 += z0
-                        q0 = fma(z0, d0, q0)
-                        e0 += d0
+                        q0 = fma(z0, h0, q0)
+                        e0 += h0
             _add_sums(sums, to, p.sum_next, p0, q0, e0, start == first, lanes)
             c += LANES
 
 
 @jitted
-def _add_sums(sums, at, next_, s_dz, s_dzd, s_d, starts, lanes):
+def _add_sums(sums, at, next_, s_dz, s_dzh, s_h, starts, lanes):
     """Add a block's sums to a unit's, or start the unit with them."""
-    wide_dz, wide_dzd, wide_d = widen(s_dz), widen(s_dzd), widen(s_d)
+    wide_dz, wide_dzh, wide_h = widen(s_dz), widen(s_dzh), widen(s_h)
     if not starts:
         wide_dz = wide_dz + load_first(sums, at, lanes)
-        wide_dzd = wide_dzd + load_first(sums, at + next_, lanes)
-        wide_d = wide_d + load_first(sums, at + 2 * next_, lanes)
+        wide_dzh = wide_dzh + load_first(sums, at + next_, lanes)
+        wide_h = wide_h + load_first(sums, at + 2 * next_, lanes)
     store_first(sums, at, wide_dz, lanes)
-    store_first(sums, at + next_, wide_dzd, lanes)
-    store_first(sums, at + 2 * next_, wide_d, lanes)
+    store_first(sums, at + next_, wide_dzh, lanes)
+    store_first(sums, at + 2 * next_, wide_h, lanes)
 
 
 @jitted
 def _backward_planes(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
-    """The planes m, a, b of channels c0..c1; without given statistics from the units' moments."""
+    """The planes m, r, a, b of channels c0..c1; without given statistics from the units' moments."""
     rows = 0.0
     if not p.stats:
         rows = merge_units(p, a, x, mask, n, c0, c1)
@@ -151,8 +153,9 @@ def _backward_planes(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
         for c in range(first, last):
             factor, summand = channel_affine(p, a, n, c)
             store_one(rows_, at + c, one_lane(rows_, m))
-            store_one(rows_, at + p.C + c, one_lane(rows_, factor * r))
-            store_one(rows_, at + 2 * p.C + c, one_lane(rows_, summand))
+            store_one(rows_, at + p.C + c, one_lane(rows_, r))
+            store_one(rows_, at + 2 * p.C + c, one_lane(rows_, factor))
+            store_one(rows_, at + 3 * p.C + c, one_lane(rows_, summand))
 
 
 @jitted
@@ -176,18 +179,18 @@ def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
         if first >= c1:
             break
         m, r = _mean_rstd(p, a, x, mask, mean, rstd, n, g, real_positions(p, mask, n))
-        k2, k3 = close_sums(p, a, mask, n, g, m, r, ROUNDING)
+        k2, k3 = close_sums(p, a, mask, n, g, m, r)
         for c in range(first, last):
-            store_one(rows_, at + 3 * p.C + c, one_lane(rows_, k2))
-            store_one(rows_, at + 4 * p.C + c, one_lane(rows_, k3))
+            store_one(rows_, at + 4 * p.C + c, one_lane(rows_, k2))
+            store_one(rows_, at + 5 * p.C + c, one_lane(rows_, k3))
 
 
 @inlined
-def _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m, a, b, k2, k3, lanes):
-    """dx of up to LANES channels of a row, equation (14) as dz*a + (x - mean)*k2 + k3; writes dresidual on the way."""
-    d = load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m
-    dz = _dz_vector(p, dy, residual, act, d, n, row, c, a, b, lanes)
-    dx = fma(dz, a, fma(d, k2, k3))
+def _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m, r, a, b, k2, k3, lanes):
+    """dx of up to LANES channels of a row, equation (14) as dz*a*r + xhat*k2 + k3; writes dresidual on the way."""
+    h = (load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m) * r
+    dz = _dz_vector(p, dy, residual, act, h, n, row, c, a, b, lanes)
+    dx = fma(dz, a * r, fma(h, k2, k3))
     if mask is not None:
         real = load_one(mask, n * p.S + row)
         dz, dx = select(real, dz, 0.0), select(real, dx, 0.0)
@@ -207,25 +210,25 @@ def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, fi
         while c < c1:
             plane = n * BACKWARD_PLANES * p.C + c
             lanes = min(LANES, c1 - c)
-            m0, a0, b0 = _three(rows_, plane, p.C, lanes)
-            s0, t0 = load_first(rows_, plane + 3 * p.C, lanes), load_first(rows_, plane + 4 * p.C, lanes)
+            m0, r0, a0, b0 = _four(rows_, plane, p.C, lanes)
+            s0, t0 = load_first(rows_, plane + 4 * p.C, lanes), load_first(rows_, plane + 5 * p.C, lanes)
             if c + 2 * LANES <= c1:
                 plane += LANES
-                m1, a1, b1 = _three(rows_, plane, p.C, LANES)
-                s1, t1 = load(rows_, plane + 3 * p.C), load(rows_, plane + 4 * p.C)
+                m1, r1, a1, b1 = _four(rows_, plane, p.C, LANES)
+                s1, t1 = load(rows_, plane + 4 * p.C), load(rows_, plane + 5 * p.C)
                 for row in range(start, end):
                     at = n * p.dx_n + row * p.dx_s + c
                     _fetch_two(p, x, dy, n, row - TILE, c)
-                    v0 = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, a0, b0, s0, t0, LANES)
+                    v0 = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, r0, a0, b0, s0, t0, LANES)
                     v1 = _dx_vector(
-                        p, x, dy, dresidual, residual, mask, act, n, row, c + LANES, m1, a1, b1, s1, t1, LANES
+                        p, x, dy, dresidual, residual, mask, act, n, row, c + LANES, m1, r1, a1, b1, s1, t1, LANES
                     )
                     write(dx, at, v0, streaming)
                     write(dx, at + LANES, v1, streaming)
                 c += 2 * LANES
             else:
                 for row in range(start, end):
-                    v0 = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, a0, b0, s0, t0, lanes)
+                    v0 = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, r0, a0, b0, s0, t0, lanes)
                     store_first(dx, n * p.dx_n + row * p.dx_s + c, v0, lanes)
                 c += LANES
         end = start

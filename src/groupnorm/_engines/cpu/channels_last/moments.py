@@ -28,33 +28,34 @@ BLOCK = 128  # rows of a block: few enough for sums in float32 lanes, many enoug
 TILE = 16  # rows that are written together, a strip of channels at a time, with the strip's numbers in registers
 
 
-@jitted
-def _merge_block(work, at, C, pivot, s, q, origin, count, before, lanes):
-    """Merge a block of `count` rows into the moments of a unit that has seen `before` rows: planes offset and m2."""
-    offset = widen(s) / count
-    m2 = fma(offset * offset, 0.0 - count, widen(q))
-    m2 = select(m2 < 0.0, 0.0, m2)
-    offset = (widen(pivot) - widen(origin)) + offset
-    if before > 0.0:
-        fraction = count / (before + count)
-        old = load_first(work, at, lanes)
-        delta = offset - old
-        offset = fma(delta, fraction, old)
-        m2 = fma(delta * delta, before * fraction, m2 + load_first(work, at + C, lanes))
-    store_first(work, at, offset, lanes)
-    store_first(work, at + C, m2, lanes)
-
-
 @inlined
-def _pivot(work, at, s, share, origin, before, count, lanes):
+def _pivot(work, at, C, s, share, before, count, lanes):
     """The pivot of a block: the mean of the unit so far, or of the block itself if there were not as many rows yet."""
     if before >= count:
-        return narrow(load_first(work, at, lanes) + widen(origin), origin)
+        return narrow(load_first(work, at, lanes) + load_first(work, at + C, lanes), s)
     return s * share
 
 
 @jitted
-def _block_two(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at, C, before):
+def _merge_block(work, at, C, m, s, q, count, before, lanes):
+    """Merge a block of `count` rows into the moments of a unit that has seen `before`: planes pivot, offset, m2."""
+    offset = widen(s) / count
+    m2 = fma(offset * offset, 0.0 - count, widen(q))
+    m2 = select(m2 < 0.0, 0.0, m2)
+    if before > 0.0:
+        fraction = count / (before + count)
+        old = load_first(work, at + C, lanes)
+        delta = (widen(m) - load_first(work, at, lanes)) + offset - old
+        offset = fma(delta, fraction, old)
+        m2 = fma(delta * delta, before * fraction, m2 + load_first(work, at + 2 * C, lanes))
+    else:
+        store_first(work, at, widen(m), lanes)
+    store_first(work, at + C, offset, lanes)
+    store_first(work, at + 2 * C, m2, lanes)
+
+
+@jitted
+def _block_two(x, mask, at, mask_at, rows, step, count, work, work_at, C, before):
     """Moments of two vectors of channels over a block of rows, merged into work."""
     s0 = s1 = zeros(x)
     if before < count:
@@ -64,9 +65,8 @@ def _block_two(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at
                 s0 += load(x, j)
                 s1 += load(x, j + LANES)
     share = one_lane(x, 1.0 / count)
-    origin0, origin1 = load(x, origin_at), load(x, origin_at + LANES)
-    m0 = _pivot(work, work_at, s0, share, origin0, before, count, LANES)
-    m1 = _pivot(work, work_at + LANES, s1, share, origin1, before, count, LANES)
+    m0 = _pivot(work, work_at, C, s0, share, before, count, LANES)
+    m1 = _pivot(work, work_at + LANES, C, s1, share, before, count, LANES)
     s0 = s1 = q0 = q1 = zeros(x)
     for r in range(rows):
         if is_real(mask, mask_at + r):
@@ -78,36 +78,26 @@ def _block_two(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at
             s1 += d1
             q0 = fma(d0, d0, q0)
             q1 = fma(d1, d1, q1)
-    _merge_block(work, work_at, C, m0, s0, q0, origin0, count, before, LANES)
-    _merge_block(work, work_at + LANES, C, m1, s1, q1, origin1, count, before, LANES)
+    _merge_block(work, work_at, C, m0, s0, q0, count, before, LANES)
+    _merge_block(work, work_at + LANES, C, m1, s1, q1, count, before, LANES)
 
 
 @jitted
-def _block_one(x, mask, at, mask_at, rows, step, count, origin_at, work, work_at, C, before, lanes):
+def _block_one(x, mask, at, mask_at, rows, step, count, work, work_at, C, before, lanes):
     """The same for one vector, of which `lanes` channels are ours."""
     s0 = zeros(x)
     if before < count:
         for r in range(rows):
             if is_real(mask, mask_at + r):
                 s0 += load_first(x, at + r * step, lanes)
-    origin = load_first(x, origin_at, lanes)
-    m = _pivot(work, work_at, s0, one_lane(x, 1.0 / count), origin, before, count, lanes)
+    m = _pivot(work, work_at, C, s0, one_lane(x, 1.0 / count), before, count, lanes)
     s0 = q0 = zeros(x)
     for r in range(rows):
         if is_real(mask, mask_at + r):
             d = load_first(x, at + r * step, lanes) - m
             s0 += d
             q0 = fma(d, d, q0)
-    _merge_block(work, work_at, C, m, s0, q0, origin, count, before, lanes)
-
-
-@jitted
-def _origin(p, mask, n):
-    """Index in x of the first real row of sample n, without its channel: offsets are relative to that row."""
-    row = 0
-    while row < p.S and not is_real(mask, n * p.S + row):
-        row += 1
-    return n * p.x_n + min(row, p.S - 1) * p.x_s
+    _merge_block(work, work_at, C, m, s0, q0, count, before, lanes)
 
 
 @jitted
@@ -122,10 +112,9 @@ def _unit_count(p, mask, n, unit):
 
 @jitted
 def unit_moments(p, a, x, mask, n, unit, c0, c1):
-    """Moments of channels c0..c1 over a unit's rows, as offsets from the first real row and m2, into work."""
+    """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into work."""
     work = pointer(a.work, FLOAT64)
-    work_at = (n * p.units + unit) * 2 * p.C
-    origin_at = _origin(p, mask, n)
+    work_at = (n * p.units + unit) * 3 * p.C
     first = unit * p.unit
     last = min(first + p.unit, p.S)
     before = 0.0
@@ -139,12 +128,10 @@ def unit_moments(p, a, x, mask, n, unit, c0, c1):
         at = n * p.x_n + row * p.x_s
         c = c0
         while c + 2 * LANES <= c1:
-            _block_two(
-                x, mask, at + c, n * p.S + row, rows, p.x_s, count, origin_at + c, work, work_at + c, p.C, before
-            )
+            _block_two(x, mask, at + c, n * p.S + row, rows, p.x_s, count, work, work_at + c, p.C, before)
             c += 2 * LANES
         while c < c1:
-            _block_one(x, mask, at + c, n * p.S + row, rows, p.x_s, count, origin_at + c, work, work_at + c, p.C,
+            _block_one(x, mask, at + c, n * p.S + row, rows, p.x_s, count, work, work_at + c, p.C,
             before,
                        min(LANES, c1 - c))  # fmt: skip
             c += LANES
@@ -155,24 +142,27 @@ def unit_moments(p, a, x, mask, n, unit, c0, c1):
 def merge_units(p, a, x, mask, n, c0, c1):
     """Merge the units of sample n into its first unit's place, per channel; returns the number of real rows."""
     work = pointer(a.work, FLOAT64)
-    to = n * p.units * 2 * p.C
+    to = n * p.units * 3 * p.C
     before = _unit_count(p, mask, n, 0)
     for unit in range(1, p.units):
         count = _unit_count(p, mask, n, unit)
         if count == 0.0:
             continue
-        at = (n * p.units + unit) * 2 * p.C
+        at = (n * p.units + unit) * 3 * p.C
         fraction = count / (before + count)
         for c in range(c0, c1, LANES):
             lanes = min(LANES, c1 - c)
-            offset, m2 = load_first(work, at + c, lanes), load_first(work, at + p.C + c, lanes)
+            pivot, offset = load_first(work, at + c, lanes), load_first(work, at + p.C + c, lanes)
+            m2 = load_first(work, at + 2 * p.C + c, lanes)
             if before > 0.0:
-                old = load_first(work, to + c, lanes)
-                delta = offset - old
+                old = load_first(work, to + p.C + c, lanes)
+                delta = (pivot - load_first(work, to + c, lanes)) + offset - old
                 offset = fma(delta, fraction, old)
-                m2 = fma(delta * delta, before * fraction, m2 + load_first(work, to + p.C + c, lanes))
-            store_first(work, to + c, offset, lanes)
-            store_first(work, to + p.C + c, m2, lanes)
+                m2 = fma(delta * delta, before * fraction, m2 + load_first(work, to + 2 * p.C + c, lanes))
+            else:
+                store_first(work, to + c, pivot, lanes)
+            store_first(work, to + p.C + c, offset, lanes)
+            store_first(work, to + 2 * p.C + c, m2, lanes)
         before += count
     return before
 
@@ -183,19 +173,18 @@ def group_moments(p, a, x, mask, n, g, rows):
     if rows == 0.0:
         return 0.0, 0.0, 0.0, 0.0
     work = pointer(a.work, FLOAT64)
-    at = n * p.units * 2 * p.C
-    origin_at = _origin(p, mask, n)
+    at = n * p.units * 3 * p.C
     first, last = group_channels(p, g)
-    pivot = np.float64(load_one(x, origin_at + first))
+    pivot = load_one(work, at + first)
     s = 0.0
     for c in range(first, last):
-        s += (np.float64(load_one(x, origin_at + c)) - pivot) + load_one(work, at + c)
+        s += (load_one(work, at + c) - pivot) + load_one(work, at + p.C + c)
     offset = s / (last - first)
     m2 = s = 0.0
     for c in range(first, last):
-        d = (np.float64(load_one(x, origin_at + c)) - pivot) + load_one(work, at + c) - offset
+        d = (load_one(work, at + c) - pivot) + load_one(work, at + p.C + c) - offset
         s += d
-        m2 += load_one(work, at + p.C + c) + rows * d * d
+        m2 += load_one(work, at + 2 * p.C + c) + rows * d * d
     offset += s / (last - first)
     count = rows * (last - first)
     if out_of_range(m2, count, p.eps):
