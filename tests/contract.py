@@ -16,6 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import groupnorm as gn
 from groupnorm import reference
@@ -27,6 +28,9 @@ Array = Any
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 LAYOUTS = ("NCHW", "NHWC")
+layouts = pytest.mark.parametrize(  # a group for each, so that two test processes do not compile the same kernels
+    "layout", [pytest.param(layout, marks=pytest.mark.xdist_group(layout)) for layout in LAYOUTS]
+)
 GRADIENTS = ("dx", "dweight", "dbias", "dscale", "dshift", "dresidual")
 STEEPEST = {None: 1.0, "relu": 1.0, "silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "sigmoid": 0.25, "tanh": 1.0,
             "hardswish": 1.5}  # fmt: skip
@@ -300,7 +304,7 @@ def check_forward(engine: Engine, drawn: Drawn, **more: Any) -> Array:
     stats = "float64" if case.dtype == "float64" else "float32"
     u = UNIT[stats]
     std = 1 / rstd64
-    assert_close(mean, mean64, 2 * u * np.abs(mean64) + 4 * u * std, stats, "mean")
+    assert_close(mean, mean64, 2 * u * np.abs(mean64) + 16 * u * std, stats, "mean")
     assert_close(
         rstd, rstd64, 16 * u * rstd64 * (1 + (np.abs(mean64) * rstd64 if stats == "float64" else 0)), stats, "rstd"
     )

@@ -6,12 +6,24 @@ import numpy as np
 import pytest
 
 import groupnorm as gn
-from contract import DTYPES, ENGINES, LARGE_MEAN, LAYOUTS, Case, Engine, check, check_backward, check_forward, draw
+from contract import (
+    DTYPES,
+    ENGINES,
+    LARGE_MEAN,
+    LAYOUTS,
+    Case,
+    Engine,
+    check,
+    check_backward,
+    check_forward,
+    draw,
+    layouts,
+)
 from groupnorm import reference
 
 pytestmark = [
     pytest.mark.parametrize("engine", ENGINES, ids=str),
-    pytest.mark.parametrize("layout", LAYOUTS),
+    layouts,
 ]
 shifted = pytest.mark.parametrize("loc", [0.0, LARGE_MEAN], ids=["", "large-mean"])
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import groupnorm as gn
-from contract import DTYPES, ENGINES, LAYOUTS, Case, Drawn, Engine, check_backward, check_forward, draw, to_layout
+from contract import DTYPES, ENGINES, Case, Drawn, Engine, check_backward, check_forward, draw, layouts, to_layout
 from groupnorm import reference
 
-pytestmark = [pytest.mark.parametrize("engine", ENGINES, ids=str), pytest.mark.parametrize("layout", LAYOUTS)]
+pytestmark = [pytest.mark.parametrize("engine", ENGINES, ids=str), layouts]
 Array = Any
 
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 import groupnorm as gn
-from contract import ENGINES, LAYOUTS, Case, Engine, check_backward, check_forward, draw, to_layout
+from contract import ENGINES, Case, Engine, check_backward, check_forward, draw, layouts, to_layout
 from groupnorm import reference
 
 pytestmark = pytest.mark.parametrize("engine", ENGINES, ids=str)
-layouts = pytest.mark.parametrize("layout", LAYOUTS)
 Array = Any
 SHAPE = (4, 12, 6, 10)
 
