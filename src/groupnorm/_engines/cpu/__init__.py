@@ -54,14 +54,13 @@ def backward(
     if not plan.launches:
         _fill_empty(plan, None, None, (dweight, dbias, dscale, dshift))
         return
+    moments = None
     if plan.statistics is not None:
-        mean, rstd = np.empty(
-            (2, plan.problem.N, plan.problem.G), np.float64 if plan.problem.itemsize == 8 else np.float32
-        )
-        forward(plan.statistics, x, None, None, None, None, None, None, mask, mean, rstd, None)
+        moments = np.empty((plan.problem.N, plan.problem.G, 3))
+        forward(plan.statistics, x, None, None, None, None, None, None, mask, None, None, moments)
     work = np.empty(plan.work) if plan.work else None
     rows = np.empty(plan.rows) if plan.rows else None
-    arrays = (x, None, weight, bias, scale, shift, residual, mask, mean, rstd, None, dy, dx, dweight, dbias, dscale,
+    arrays = (x, None, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias, dscale,
     dshift,
               dresidual, work, np.empty(plan.sums), rows)  # fmt: skip
     stream = plan.stream and not buffers.first_write(dx)

@@ -65,7 +65,5 @@ def compiled(function: Callable[..., None], name: str, arguments: int = 3) -> An
     with _lock:
         try:
             return cfunc(signature, cache=True, nopython=True, **_OPTIONS)(function)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
+        except Exception:  # nowhere to write, or a file of the cache is broken; a true error is raised again below
             return cfunc(signature, nopython=True, **_OPTIONS)(function)

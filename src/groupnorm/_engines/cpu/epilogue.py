@@ -183,10 +183,18 @@ def _sigmoid(z):
 
 @inlined
 def _sigmoid_both(z):
-    """sigmoid(z) and sigmoid(-z), each to full precision: 1 - sigmoid(z) would cancel, and slopes multiply it by z."""
-    e = exp(select(z < -80.0, 80.0, 0.0 - z))  # finite, so that infinity * 0 cannot arise
+    """sigmoid(z) and sigmoid(-z), each to full precision: 1 - sigmoid(z) would cancel for large z, and slopes multiply
+    it by z.
+    """
+    e = exp(0.0 - z)
     s = 1.0 / (e + 1.0)
-    return s, e * s
+    return s, select(z < 0.0, 1.0 - s, e * s)
+
+
+@inlined
+def _finite(z):
+    """z within a range at whose ends every slope has reached 0 or 1 exactly, so that infinity * 0 cannot arise."""
+    return select(z > 1000.0, 1000.0, select(z < -1000.0, -1000.0, z))
 
 
 @inlined
@@ -203,12 +211,14 @@ def _gelu_tanh_inner(z):
 
 @inlined
 def _gelu_tanh_slope(z):
+    z = _finite(z)
     s, rest = _sigmoid_both(2.0 * _gelu_tanh_inner(z))  # s is (1 + tanh(u))/2
     return fma(z * (s * rest), (2.0 * _K) * fma(z * z, 3 * 0.044715, 1.0), s)
 
 
 @inlined
 def _silu_slope(z):
+    z = _finite(z)
     s, rest = _sigmoid_both(z)
     return s * fma(z, rest, 1.0)
 

@@ -3,11 +3,11 @@
 import numpy as np
 
 from groupnorm._engines.cpu.compiler import jitted
-from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer, store_one
-from groupnorm._engines.cpu.records import channel_affine
+from groupnorm._engines.cpu.memory import FLOAT64, load_one, one_lane, pointer, store_one
+from groupnorm._engines.cpu.records import FROM_MOMENTS, channel_affine
 from groupnorm._engines.cpu.statistics import count_real
 
-__all__ = ["close_sums", "group_channels", "real_positions"]
+__all__ = ["backward_statistics", "close_sums", "given_statistics", "group_channels", "real_positions"]
 
 ROUNDING = 2.0**-22  # four times what rounding a mean to float32 can lose
 
@@ -24,6 +24,26 @@ def real_positions(p, mask, n):
     if mask is None:
         return np.float64(p.S)
     return count_real(mask, n * p.S, p.S)
+
+
+@jitted
+def given_statistics(p, a, mean, rstd, group):
+    """The mean of a group for backward, what rounding it to its type lost, and rstd: as the caller gave them, or from
+    the moments that an earlier launch left.
+    """
+    if p.stats == FROM_MOMENTS:
+        moments = pointer(a.moments, FLOAT64)
+        return backward_statistics(
+            p, mean, load_one(moments, group * 3), load_one(moments, group * 3 + 1), load_one(moments, group * 3 + 2)
+        )
+    return np.float64(load_one(mean, group)), 0.0, np.float64(load_one(rstd, group))
+
+
+@jitted
+def backward_statistics(p, mean, count, exact, m2):
+    """The same from a group's moments; `mean` is there for its type."""
+    m = np.float64(one_lane(mean, exact))
+    return m, exact - m, np.float64(one_lane(mean, 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)))
 
 
 @jitted

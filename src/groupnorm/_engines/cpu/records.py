@@ -17,6 +17,7 @@ from groupnorm._engines.cpu.memory import BF16, F16, FLOAT32, FLOAT64, NONE, loa
 __all__ = [
     "ARRAYS",
     "CALL",
+    "FROM_MOMENTS",
     "PLAN",
     "SHAPED",
     "call_at",
@@ -26,6 +27,7 @@ __all__ = [
     "store_coefficient",
 ]
 
+FROM_MOMENTS = 2  # backward in phases: a launch before it has left the moments
 SHAPED = ("x", "y", "residual", "dy", "dx", "dresidual")  # arrays that are walked by steps
 ARRAYS = ("x", "y", "weight", "bias", "scale", "shift", "residual", "mask", "mean", "rstd", "moments", "dy", "dx",
           "dweight", "dbias", "dscale", "dshift", "dresidual", "work", "sums", "rows")  # fmt: skip
@@ -40,7 +42,7 @@ PLAN = np.dtype(
         "unit", "units", "per_task", "parts", "slab",  # how the work is cut, see the kernel's file
         "part", "chunk_rows",  # channels first: positions of a part, channels of a chunk
         "chunk",  # channels first: elements whose moments are taken while they are in the L1 cache
-        "stats",  # statistics are given: moments for forward, mean and rstd for backward
+        "stats",  # 1: statistics are given, moments for forward, mean and rstd for backward; FROM_MOMENTS
         "sum_n", "sum_c", "sum_part", "sum_next",  # backward: steps in the sums of dz, and on to dz*d and d
     )] + [("eps", np.float64)],
     align=True,

@@ -13,7 +13,7 @@ mean.
 import numpy as np
 
 from groupnorm._engines.cpu.compiler import jitted
-from groupnorm._engines.cpu.memory import load, load_first, load_one, one_lane, zeros
+from groupnorm._engines.cpu.memory import element_size, load, load_first, load_one, one_lane, zeros
 from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total
 
 __all__ = ["chunk_moments", "count_real", "is_real", "merge", "moments_by_element", "out_of_range"]
@@ -125,10 +125,12 @@ def count_real(mask, at, length):
 
 
 @jitted
-def out_of_range(m2, count, eps):
+def out_of_range(x, m2, count, eps):
     """Whether squares may have left float32's range on the way to these moments: beyond 3e38 (then m2 is infinite or
     NaN), or so small that what was lost below 1e-45 shows in var + eps.
     """
+    if element_size(x) == 8:  # there is no wider type to turn to, but infinity is better than infinity - infinity
+        return np.isnan(m2)
     return not m2 < np.inf or m2 / max(count, 1.0) + eps < 1e-34
 
 
@@ -154,7 +156,7 @@ def moments_by_element(x, mask, at, mask_at, rows, step, length, stride):
                 d = np.float64(load_one(x, at + r * step + i * stride)) - mean
                 s2 += d
                 q += d * d
-    return count, mean, s2 / count, max(q - s2 * s2 / count, 0.0)
+    return count, mean, s2 / count, q if q == np.inf else max(q - s2 * s2 / count, 0.0)
 
 
 @jitted

@@ -8,7 +8,7 @@ import numpy as np
 from groupnorm._engines.cpu.channels_first.moments import APPLY, MERGE, SUMS, group_moments, unit_extent
 from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activation, slope
-from groupnorm._engines.cpu.groups import close_sums
+from groupnorm._engines.cpu.groups import backward_statistics, close_sums, given_statistics
 from groupnorm._engines.cpu.memory import (
     BOOL,
     FLOAT32,
@@ -70,13 +70,14 @@ def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count,
 
 
 @jitted
-def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r):
+def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
     """Write the sums of dz, dz*xhat and xhat of each channel of a unit; by chunks in lanes, then in float64."""
     sums = pointer(a.sums, FLOAT64)
     c, channels, start, length = unit_extent(p, g, unit)
     lane_m, lane_r = one_lane(x, m), one_lane(x, r)
     for channel in range(c, c + channels):
         factor, summand = channel_affine(p, a, n, channel)
+        summand -= rest * r * factor
         slope_, shift = one_lane(x, factor), one_lane(x, summand)
         s_dz = s_dzd = s_d = 0.0
         for i in range(start, start + length, p.chunk):
@@ -116,13 +117,14 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r):
 
 
 @jitted
-def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, r, k2, k3):
+def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, rest, r, k2, k3):
     """dx of a unit, channel by channel."""
     c, channels, start, length = unit_extent(p, g, unit)
     lane_m, lane_r = one_lane(x, m), one_lane(x, r)
     lane_k2, lane_k3 = one_lane(x, k2), one_lane(x, k3)
     for channel in range(c, c + channels):
         factor, summand = channel_affine(p, a, n, channel)
+        summand -= rest * r * factor
         slope_, shift, k1 = one_lane(x, factor), one_lane(x, summand), one_lane(x, factor * r)
         xa, ya = n * p.x_n + channel * p.x_c + start, n * p.dy_n + channel * p.dy_c + start
         da, sa = n * p.dx_n + channel * p.dx_c + start, n * p.dresidual_n + channel * p.dresidual_c + start
@@ -161,7 +163,7 @@ def _group_totals(p, a, mask, n, g, m, r):
 def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task):
     work = pointer(a.work, FLOAT64)
     first = task * p.per_task
-    m = r = k2 = k3 = 0.0
+    m = rest = r = k2 = k3 = 0.0
     group, unit = first // p.units, first % p.units - 1
     n, g = group // p.G, group % p.G
     for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
@@ -172,13 +174,12 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
                 n, g = n + 1, 0
         if unit == 0 or index == first:
             if p.stats:
-                m, r = np.float64(load_one(mean, group)), np.float64(load_one(rstd, group))
+                m, rest, r = given_statistics(p, a, mean, rstd, group)
             else:
                 count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, False)
-                m = np.float64(one_lane(mean, pivot + offset))
-                r = np.float64(one_lane(mean, 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)))
+                m, rest, r = backward_statistics(p, mean, count, pivot + offset, m2)
         if p.phase == SUMS:
-            _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, r)
+            _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r)
             continue
         if p.phase == MERGE:
             if unit == 0:
@@ -187,10 +188,10 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
         if unit == 0 or index == first:
             if p.phase != APPLY:
                 for u in range(p.units):
-                    _unit_sums(p, a, x, dy, residual, mask, act, n, g, u, m, r)
+                    _unit_sums(p, a, x, dy, residual, mask, act, n, g, u, m, rest, r)
                 _group_totals(p, a, mask, n, g, m, r)
             k2, k3 = load_one(work, group * 2), load_one(work, group * 2 + 1)
-        _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, r, k2, k3)
+        _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, rest, r, k2, k3)
     fence()
 
 

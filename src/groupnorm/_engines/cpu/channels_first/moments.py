@@ -64,7 +64,7 @@ def group_moments(p, a, x, mask, n, g, known):
             piece = unit_moments(p, x, mask, n, g, unit)
         found = merge(found, piece)
     count, _, _, m2 = found
-    if out_of_range(m2, count, p.eps):
+    if out_of_range(x, m2, count, p.eps):
         first, last = group_channels(p, g)
         at = n * p.x_n + first * p.x_c
         found = moments_by_element(x, mask, at, n * p.S, last - first, p.x_c, p.S, 1)

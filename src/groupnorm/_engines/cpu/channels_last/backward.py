@@ -3,13 +3,11 @@
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from groupnorm._engines.cpu.channels_last.moments import (
     APPLY,
-    BLOCK,
     MERGE,
     SUMS,
+    SUMS_BLOCK,
     TILE,
     group_moments,
     merge_units,
@@ -18,7 +16,13 @@ from groupnorm._engines.cpu.channels_last.moments import (
 )  # fmt: skip
 from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activation, slope
-from groupnorm._engines.cpu.groups import close_sums, group_channels, real_positions
+from groupnorm._engines.cpu.groups import (
+    backward_statistics,
+    close_sums,
+    given_statistics,
+    group_channels,
+    real_positions,
+)  # fmt: skip
 from groupnorm._engines.cpu.memory import (
     BOOL,
     FLOAT32,
@@ -86,8 +90,8 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
     sums = pointer(a.sums, FLOAT64)
     first = unit * p.unit
     last = min(first + p.unit, p.S)
-    for start in range(first, last, BLOCK):
-        end = min(start + BLOCK, last)
+    for start in range(first, last, SUMS_BLOCK):
+        end = min(start + SUMS_BLOCK, last)
         c = c0
         while c < c1:
             plane = n * BACKWARD_PLANES * p.C + c
@@ -101,7 +105,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
                 for row in range(start, end):
                     if is_real(mask, n * p.S + row):
                         at = n * p.x_n + row * p.x_s + c
-                        _fetch_two(p, x, dy, n, row + BLOCK, c)
+                        _fetch_two(p, x, dy, n, row + SUMS_BLOCK, c)
                         h0, h1 = (load(x, at) - m0) * r0, (load(x, at + LANES) - m1) * r1
                         z0 = _dz_vector(p, dy, residual, act, h0, n, row, c, a0, b0, LANES)
                         z1 = _dz_vector(p, dy, residual, act, h1, n, row, c + LANES, a1, b1, LANES)
@@ -149,25 +153,22 @@ def _backward_planes(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
         first, last = group_channels(p, g)
         if first >= c1:
             break
-        m, r = _mean_rstd(p, a, x, mask, mean, rstd, n, g, rows)
+        m, rest, r = _statistics(p, a, x, mask, mean, rstd, n, g, rows)
         for c in range(first, last):
             factor, summand = channel_affine(p, a, n, c)
             store_one(rows_, at + c, one_lane(rows_, m))
             store_one(rows_, at + p.C + c, one_lane(rows_, r))
             store_one(rows_, at + 2 * p.C + c, one_lane(rows_, factor))
-            store_one(rows_, at + 3 * p.C + c, one_lane(rows_, summand))
+            store_one(rows_, at + 3 * p.C + c, one_lane(rows_, summand - rest * r * factor))
 
 
 @jitted
-def _mean_rstd(p, a, x, mask, mean, rstd, n, g, rows):
-    """mean and rstd of a group, rounded to the statistics' type whether given or computed, so that both give the same
-    bits.
-    """
+def _statistics(p, a, x, mask, mean, rstd, n, g, rows):
+    """Mean, what rounding it lost, and rstd of a group, given or from its `rows` real rows."""
     if p.stats:
-        return np.float64(load_one(mean, n * p.G + g)), np.float64(load_one(rstd, n * p.G + g))
+        return given_statistics(p, a, mean, rstd, n * p.G + g)
     count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, rows)
-    r = 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)
-    return np.float64(one_lane(mean, pivot + offset)), np.float64(one_lane(mean, r))
+    return backward_statistics(p, mean, count, pivot + offset, m2)
 
 
 @jitted
@@ -178,7 +179,7 @@ def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
         first, last = group_channels(p, g)
         if first >= c1:
             break
-        m, r = _mean_rstd(p, a, x, mask, mean, rstd, n, g, real_positions(p, mask, n))
+        m, _, r = _statistics(p, a, x, mask, mean, rstd, n, g, real_positions(p, mask, n))
         k2, k3 = close_sums(p, a, mask, n, g, m, r)
         for c in range(first, last):
             store_one(rows_, at + 4 * p.C + c, one_lane(rows_, k2))

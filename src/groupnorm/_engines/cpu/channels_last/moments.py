@@ -9,7 +9,6 @@ from groupnorm._engines.cpu.memory import (
     load,
     load_first,
     load_one,
-    one_lane,
     pointer,
     prefetch,
     store_first,
@@ -18,22 +17,34 @@ from groupnorm._engines.cpu.memory import (
 from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
 from groupnorm._engines.cpu.statistics import count_real, is_real, moments_by_element, out_of_range
 
-__all__ = ["APPLY", "BLOCK", "MERGE", "MOMENTS", "SUMS", "TILE", "group_moments", "merge_units", "slab_channels",
-           "unit_moments"]  # fmt: skip
+__all__ = [
+    "APPLY",
+    "BLOCK",
+    "MERGE",
+    "MOMENTS",
+    "SUMS",
+    "SUMS_BLOCK",
+    "TILE",
+    "group_moments",
+    "merge_units",
+    "slab_channels",
+    "unit_moments",
+]  # fmt: skip
 
 MOMENTS = SUMS = 1  # what a launch does first
 APPLY, MERGE = 2, 4
 
-BLOCK = 128  # rows of a block: few enough for sums in float32 lanes, many enough for a merge in float64 to cost little
+BLOCK = 64  # rows of a block: few enough for sums in float32 lanes, many enough for a merge in float64 to cost little
+SUMS_BLOCK = 32  # the same for the sums of backward, which are only added up
 TILE = 16  # rows that are written together, a strip of channels at a time, with the strip's numbers in registers
 
 
 @inlined
-def _pivot(work, at, C, s, share, before, count, lanes):
+def _pivot(work, at, C, s, before, count, lanes):
     """The pivot of a block: the mean of the unit so far, or of the block itself if there were not as many rows yet."""
     if before >= count:
         return narrow(load_first(work, at, lanes) + load_first(work, at + C, lanes), s)
-    return s * share
+    return s / count
 
 
 @jitted
@@ -64,9 +75,8 @@ def _block_two(x, mask, at, mask_at, rows, step, count, work, work_at, C, before
                 j = at + r * step
                 s0 += load(x, j)
                 s1 += load(x, j + LANES)
-    share = one_lane(x, 1.0 / count)
-    m0 = _pivot(work, work_at, C, s0, share, before, count, LANES)
-    m1 = _pivot(work, work_at + LANES, C, s1, share, before, count, LANES)
+    m0 = _pivot(work, work_at, C, s0, before, count, LANES)
+    m1 = _pivot(work, work_at + LANES, C, s1, before, count, LANES)
     s0 = s1 = q0 = q1 = zeros(x)
     for r in range(rows):
         if is_real(mask, mask_at + r):
@@ -90,7 +100,7 @@ def _block_one(x, mask, at, mask_at, rows, step, count, work, work_at, C, before
         for r in range(rows):
             if is_real(mask, mask_at + r):
                 s0 += load_first(x, at + r * step, lanes)
-    m = _pivot(work, work_at, C, s0, one_lane(x, 1.0 / count), before, count, lanes)
+    m = _pivot(work, work_at, C, s0, before, count, lanes)
     s0 = q0 = zeros(x)
     for r in range(rows):
         if is_real(mask, mask_at + r):
@@ -118,8 +128,8 @@ def unit_moments(p, a, x, mask, n, unit, c0, c1):
     first = unit * p.unit
     last = min(first + p.unit, p.S)
     before = 0.0
-    for row in range(first, last, BLOCK):
-        rows = min(BLOCK, last - row)
+    for row in range(first, last, p.chunk):
+        rows = min(p.chunk, last - row)
         count = np.float64(rows)
         if mask is not None:
             count = count_real(mask, n * p.S + row, rows)
@@ -187,7 +197,7 @@ def group_moments(p, a, x, mask, n, g, rows):
         m2 += load_one(work, at + 2 * p.C + c) + rows * d * d
     offset += s / (last - first)
     count = rows * (last - first)
-    if out_of_range(m2, count, p.eps):
+    if out_of_range(x, m2, count, p.eps):
         return moments_by_element(x, mask, n * p.x_n + first, n * p.S, last - first, 1, p.S, p.x_s)
     return count, pivot, offset, m2
 
