@@ -100,9 +100,9 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
                 e1 += h
                 done += LANES
             while done < end:
-                rest = end - done
-                h = _xhat(x, mask, xa + done, ma + done, rest, lane_m, lane_r)
-                dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, rest, slope_, shift)
+                tail = end - done
+                h = _xhat(x, mask, xa + done, ma + done, tail, lane_m, lane_r)
+                dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, tail, slope_, shift)
                 p0 += dz
                 q0 = fma(dz, h, q0)
                 e0 += h
@@ -144,10 +144,10 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
             write(dx, da + done, v, streaming)
             done += LANES
         if done < length:
-            rest = length - done
+            tail = length - done
             v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
-                           rest, lane_m, lane_r, slope_, shift, k1, lane_k2, lane_k3)  # fmt: skip
-            store_first(dx, da + done, v, rest)
+                           tail, lane_m, lane_r, slope_, shift, k1, lane_k2, lane_k3)  # fmt: skip
+            store_first(dx, da + done, v, tail)
 
 
 @jitted
