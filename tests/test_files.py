@@ -96,7 +96,7 @@ def test_backward_is_the_call_in_memory(tmp_path, x_name, dy_name, layout, road,
     assert_close(dx.astype("f8"), expected[0], dtype, factor=64)
     in_memory = gn.group_norm_backward(dy, x, GROUPS, weight, bias, **options)[0]
     error, own_error = (np.linalg.norm(a.astype("f8") - expected[0]) for a in (dx, in_memory))
-    assert error <= 2 * own_error
+    assert error <= 4 * own_error  # in memory the mean's rounding is made up for, in pieces it is not
     found = safetensors.numpy.load_file(tmp_path / "s.safetensors")
     assert set(found) == {"mean", "rstd", "dweight", "dbias"}
     assert (found["dweight"].dtype, found["dbias"].dtype) == (np.float32, np.float64)

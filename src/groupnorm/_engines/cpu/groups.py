@@ -43,21 +43,23 @@ def given_statistics(p, a, mean, rstd, group):
 def backward_statistics(p, mean, count, exact, m2):
     """The same from a group's moments; `mean` is there for its type."""
     m = np.float64(one_lane(mean, exact))
-    return m, exact - m, np.float64(one_lane(mean, 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)))
+    return m, exact - m, 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)
 
 
 @jitted
-def close_sums(p, a, mask, n, g, m, r):
+def close_sums(p, a, x, mask, n, g, m, r):
     """From the sums of dz, dz*h and h of a group's channels to those of dz*xhat, in place, and to k2 and k3 of equation
     (14), dx = dz*k1 + h*k2 + k3, where h = (x - m)*r.
 
     The mean at hand, m, is rounded to its type, an error of up to |m|*2^-24 that rstd magnifies; the sum of h tells
-    what was lost, so that xhat is h - lost. A mean that is off by more than ROUNDING was given by the caller as
-    something else than the mean of x, and stays as it is.
+    what was lost, and r in lane precision is off by the factor `exact`, so that xhat is (h - lost)*exact. A mean that
+    is off by more than ROUNDING was given by the caller as something else than the mean of x, and stays as it is.
     """
     sums = pointer(a.sums, FLOAT64)
     first, last = group_channels(p, g)
     count = max(real_positions(p, mask, n) * (last - first), 1.0)
+    lane_r = np.float64(one_lane(x, r))
+    exact = r / lane_r if 0.0 < lane_r < np.inf else 1.0
     lost = 0.0
     for c in range(first, last):
         for part in range(p.parts):
@@ -71,9 +73,9 @@ def close_sums(p, a, mask, n, g, m, r):
         for part in range(p.parts):
             at = n * p.sum_n + c * p.sum_c + part * p.sum_part
             s_dz = load_one(sums, at)
-            s_dzh = load_one(sums, at + p.sum_next) - lost * s_dz
+            s_dzh = (load_one(sums, at + p.sum_next) - lost * s_dz) * exact
             store_one(sums, at + p.sum_next, s_dzh)
             s1 += factor * s_dz
             s2 += factor * s_dzh
-    k2 = -r * s2 / count
+    k2 = -r * exact * s2 / count
     return k2, -r * s1 / count - k2 * lost

@@ -260,12 +260,6 @@ def _halved(builder: Any, value: Any) -> Any:
 
 
 @intrinsic
-def sum_lanes(typingctx: Any, v: Any) -> Any:
-    """The sum of float lanes, in their own type."""
-    return SCALAR[v.lane](v), lambda context, builder, sig, args: _halved(builder, args[0])
-
-
-@intrinsic
 def total(typingctx: Any, v: Any) -> Any:
     """The sum of the lanes, as float64; bool lanes are counted."""
 

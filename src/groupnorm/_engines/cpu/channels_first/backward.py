@@ -3,8 +3,6 @@
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from groupnorm._engines.cpu.channels_first.moments import APPLY, MERGE, SUMS, group_moments, unit_extent
 from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activation, slope
@@ -26,9 +24,11 @@ from groupnorm._engines.cpu.memory import (
     zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
-from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, sum_lanes
+from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total
 
 __all__ = ["backward_kernel"]
+
+SUMS_CHUNK = 512  # elements summed in float32: 16 to a lane, which lose less than rounding dz*xhat itself
 
 
 @inlined
@@ -80,10 +80,10 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
         summand -= rest * r * factor
         slope_, shift = one_lane(x, factor), one_lane(x, summand)
         s_dz = s_dzd = s_d = 0.0
-        for i in range(start, start + length, p.chunk):
+        for i in range(start, start + length, SUMS_CHUNK):
             xa, ya = n * p.x_n + channel * p.x_c + i, n * p.dy_n + channel * p.dy_c + i
             ra, ma = n * p.residual_n + channel * p.residual_c + i, n * p.S + i
-            end = min(p.chunk, start + length - i)
+            end = min(SUMS_CHUNK, start + length - i)
             p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
             done = 0
             while done + 2 * LANES <= end:
@@ -107,9 +107,9 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
                 q0 = fma(dz, h, q0)
                 e0 += h
                 done += LANES
-            s_dz += np.float64(sum_lanes(p0 + p1))
-            s_dzd += np.float64(sum_lanes(q0 + q1))
-            s_d += np.float64(sum_lanes(e0 + e1))
+            s_dz += total(p0 + p1)
+            s_dzd += total(q0 + q1)
+            s_d += total(e0 + e1)
         at = n * p.sum_n + channel * p.sum_c + unit % p.parts * p.sum_part
         store_one(sums, at, s_dz)
         store_one(sums, at + p.sum_next, s_dzd)
@@ -151,9 +151,9 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
 
 
 @jitted
-def _group_totals(p, a, mask, n, g, m, r):
+def _group_totals(p, a, x, mask, n, g, m, r):
     """Close the sums of a group, and keep k2 and k3 of dx = dz*k1 + xhat*k2 + k3 for its units."""
-    k2, k3 = close_sums(p, a, mask, n, g, m, r)
+    k2, k3 = close_sums(p, a, x, mask, n, g, m, r)
     work = pointer(a.work, FLOAT64)
     store_one(work, (n * p.G + g) * 2, k2)
     store_one(work, (n * p.G + g) * 2 + 1, k3)
@@ -183,13 +183,13 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
             continue
         if p.phase == MERGE:
             if unit == 0:
-                _group_totals(p, a, mask, n, g, m, r)
+                _group_totals(p, a, x, mask, n, g, m, r)
             continue
         if unit == 0 or index == first:
             if p.phase != APPLY:
                 for u in range(p.units):
                     _unit_sums(p, a, x, dy, residual, mask, act, n, g, u, m, rest, r)
-                _group_totals(p, a, mask, n, g, m, r)
+                _group_totals(p, a, x, mask, n, g, m, r)
             k2, k3 = load_one(work, group * 2), load_one(work, group * 2 + 1)
         _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, rest, r, k2, k3)
     fence()

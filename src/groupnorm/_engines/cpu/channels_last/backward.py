@@ -180,7 +180,7 @@ def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
         if first >= c1:
             break
         m, _, r = _statistics(p, a, x, mask, mean, rstd, n, g, real_positions(p, mask, n))
-        k2, k3 = close_sums(p, a, mask, n, g, m, r)
+        k2, k3 = close_sums(p, a, x, mask, n, g, m, r)
         for c in range(first, last):
             store_one(rows_, at + 4 * p.C + c, one_lane(rows_, k2))
             store_one(rows_, at + 5 * p.C + c, one_lane(rows_, k3))

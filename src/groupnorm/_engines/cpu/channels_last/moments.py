@@ -35,7 +35,7 @@ MOMENTS = SUMS = 1  # what a launch does first
 APPLY, MERGE = 2, 4
 
 BLOCK = 64  # rows of a block: few enough for sums in float32 lanes, many enough for a merge in float64 to cost little
-SUMS_BLOCK = 32  # the same for the sums of backward, which are only added up
+SUMS_BLOCK = 8  # the same for the sums of backward, which are only added up
 TILE = 16  # rows that are written together, a strip of channels at a time, with the strip's numbers in registers
 
 
@@ -47,20 +47,30 @@ def _pivot(work, at, C, s, before, count, lanes):
     return s / count
 
 
+@inlined
+def _merged(work, at, C, pivot, offset, m2, count, before, lanes):
+    """The moments of `count` rows together with those of `before` rows in work. The pivot moves to the new mean, so
+    that an outlier among the first rows does not stay the point that all offsets are measured from.
+    """
+    old_pivot, old_offset = load_first(work, at, lanes), load_first(work, at + C, lanes)
+    fraction = count / (before + count)
+    delta = (pivot - old_pivot) + offset - old_offset
+    shift = fma(delta, fraction, old_offset)
+    mean = old_pivot + shift
+    m2 = fma(delta * delta, before * fraction, m2 + load_first(work, at + 2 * C, lanes))
+    return mean, (old_pivot - mean) + shift, m2
+
+
 @jitted
 def _merge_block(work, at, C, m, s, q, count, before, lanes):
     """Merge a block of `count` rows into the moments of a unit that has seen `before`: planes pivot, offset, m2."""
     offset = widen(s) / count
     m2 = fma(offset * offset, 0.0 - count, widen(q))
     m2 = select(m2 < 0.0, 0.0, m2)
+    pivot = widen(m)
     if before > 0.0:
-        fraction = count / (before + count)
-        old = load_first(work, at + C, lanes)
-        delta = (widen(m) - load_first(work, at, lanes)) + offset - old
-        offset = fma(delta, fraction, old)
-        m2 = fma(delta * delta, before * fraction, m2 + load_first(work, at + 2 * C, lanes))
-    else:
-        store_first(work, at, widen(m), lanes)
+        pivot, offset, m2 = _merged(work, at, C, pivot, offset, m2, count, before, lanes)
+    store_first(work, at, pivot, lanes)
     store_first(work, at + C, offset, lanes)
     store_first(work, at + 2 * C, m2, lanes)
 
@@ -159,18 +169,13 @@ def merge_units(p, a, x, mask, n, c0, c1):
         if count == 0.0:
             continue
         at = (n * p.units + unit) * 3 * p.C
-        fraction = count / (before + count)
         for c in range(c0, c1, LANES):
             lanes = min(LANES, c1 - c)
             pivot, offset = load_first(work, at + c, lanes), load_first(work, at + p.C + c, lanes)
             m2 = load_first(work, at + 2 * p.C + c, lanes)
             if before > 0.0:
-                old = load_first(work, to + p.C + c, lanes)
-                delta = (pivot - load_first(work, to + c, lanes)) + offset - old
-                offset = fma(delta, fraction, old)
-                m2 = fma(delta * delta, before * fraction, m2 + load_first(work, to + 2 * p.C + c, lanes))
-            else:
-                store_first(work, to + c, pivot, lanes)
+                pivot, offset, m2 = _merged(work, to + c, p.C, pivot, offset, m2, count, before, lanes)
+            store_first(work, to + c, pivot, lanes)
             store_first(work, to + p.C + c, offset, lanes)
             store_first(work, to + 2 * p.C + c, m2, lanes)
         before += count
