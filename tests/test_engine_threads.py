@@ -163,6 +163,57 @@ def test_fork_while_threads_are_inside_calls() -> None:
     )
 
 
+TORCH = (
+    "import numpy as np, os, signal, threading\n"
+    "import groupnorm as gn\n"
+    "gn.set_num_threads(3)\n"
+    "x = np.random.default_rng(0).standard_normal((4, 32, 64, 64)).astype('f4')\n"
+    "want = gn.group_norm(x, 8).tobytes()\n"  # by our own workers: PyTorch is not there yet
+    "import torch\n"
+    "torch.set_num_threads(2)\n"
+    "from groupnorm._engines.cpu.threads import POOL, _ENTERED, _PARALLEL\n"
+    "slot = lambda: int(POOL._state[(-POOL._state.ctypes.data % 64) // 8 + _ENTERED])\n"
+    "assert gn.group_norm(x, 8).tobytes() == want\n"
+)
+
+
+def test_team_of_torch() -> None:
+    """Once PyTorch is loaded its OpenMP team does the jobs, with the same bits, from any thread; a team of one thread
+    is no help, so then our own workers do.
+    """
+    pytest.importorskip("torch")
+    python(
+        TORCH + "if not POOL._header[_PARALLEL]: raise SystemExit(0)\n"  # a PyTorch with another runtime
+        "assert slot() == 2, slot()\n"
+        "wrong = []\n"
+        "def work():\n"
+        "    for _ in range(20):\n"
+        "        torch.ones(1 << 20).add_(1)\n"
+        "        if gn.group_norm(x, 8).tobytes() != want: wrong.append(1)\n"
+        "threads = [threading.Thread(target=work) for _ in range(4)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]; assert not wrong\n"
+        "torch.set_num_threads(1); gn.group_norm(x, 8); before = slot()\n"
+        "for _ in range(5): assert gn.group_norm(x, 8).tobytes() == want\n"
+        "assert slot() == before\n"
+    )
+
+
+@forks
+def test_fork_after_the_team_of_torch() -> None:
+    """A team that the parent used would hang in a forked child."""
+    pytest.importorskip("torch")
+    python(
+        TORCH + "torch.ones(1 << 22).add_(1); gn.group_norm(x, 8)\n"
+        "for _ in range(3):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        signal.alarm(20)\n"
+        "        os._exit(0 if gn.group_norm(x, 8).tobytes() == want else 1)\n"
+        "    assert os.waitpid(pid, 0)[1] == 0\n"
+        "assert gn.group_norm(x, 8).tobytes() == want\n"
+    )
+
+
 @forks
 @pytest.mark.parametrize("lock", ["groupnorm._core.buffers", "groupnorm._engines.cpu.compiler"])
 def test_fork_while_another_thread_holds_a_lock(lock: str) -> None:

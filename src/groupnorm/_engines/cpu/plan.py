@@ -30,7 +30,7 @@ _TASK = 1 << 14  # elements: smallest task; 5 us of work against 0.2 us for taki
 _SERIAL = 1 << 15  # elements for each thread that takes part; below, waking one costs more than it saves
 _TASKS_PER_THREAD = 4  # so that a thread that is put aside delays the end by a quarter at most
 _SLAB = 128  # bytes: narrowest slab; strips of 64 bytes took twice as long as whole rows
-_STREAM = 1 << 22  # bytes of output from which it is written past the cache
+_STREAM = CACHES.l3 // 2  # bytes of output from which it is written past the cache: x and y no longer fit together
 
 
 @dataclass(frozen=True, slots=True)

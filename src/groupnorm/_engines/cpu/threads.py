@@ -9,6 +9,9 @@ the Python runtime, which needs no interpreter: a worker runs one compiled funct
 - Several Python threads at once: the first has the pool; the others do their jobs alone, on the thread that called.
 - A forked child has none of the threads: it makes a pool of its own when it first needs one.
 - Results do not depend on who does which task.
+- Where PyTorch is loaded, its OpenMP team does the job in place of the workers. The team keeps every core busy for some
+  milliseconds after each operation, looking for the next, and a worker of ours would wait that long for a core: between
+  the layers of a model it would never get one. Not in a forked child, where a team that the parent used hangs.
 
 How a worker may enter: it counts itself into RUNNING and looks at SEQUENCE again; the caller makes SEQUENCE even and
 looks at RUNNING. Both are sequentially consistent, so either the worker sees that the job is over, or the caller sees
@@ -35,13 +38,21 @@ SPINS = 4000  # rounds of a worker before it sleeps, about 60 us: longer than th
 MAX_WORKERS = 255
 
 # Slots of the pool's state, in int64; each in a cache line of its own.
-_OWNER, _SEQUENCE, _NEXT, _RUNNING, _JOB, _ASLEEP = 0, 8, 16, 24, 32, 48  # _ASLEEP: one line a worker, from here on
+_OWNER, _SEQUENCE, _NEXT, _RUNNING, _JOB, _ENTERED, _ASLEEP = (
+    0,
+    8,
+    16,
+    24,
+    32,
+    40,
+    48,
+)  # _ASLEEP: a line for each worker
 _KERNEL, _PLAN, _CALL, _TASKS, _WORKERS = range(_JOB, _JOB + 5)
 
 # The pool's header, in int64: addresses of the state, of PyThread_release_lock, of None; where a tuple's items begin
-# and where an array keeps the address of its data, in bytes from the start of the object; then the locks of the
-# workers.
-_STATE, _RELEASE, _NONE, _ITEMS, _DATA, _LOCKS = range(6)
+# and where an array keeps the address of its data, in bytes from the start of the object; addresses of OpenMP's
+# GOMP_parallel (0: there is no team to use) and omp_get_max_threads and of `_take_part`; then the locks of the workers.
+_STATE, _RELEASE, _NONE, _ITEMS, _DATA, _PARALLEL, _TEAM_SIZE, _TAKE_PART, _LOCKS = range(9)
 
 _I64 = ir.IntType(64)
 
@@ -123,6 +134,41 @@ def _lock_call(typingctx: Any, function: Any, lock: Any, flag: Any) -> Any:
     return types.int64(*[types.int64] * 3), lower
 
 
+@intrinsic
+def _team_size(typingctx: Any, function: Any) -> Any:
+    """Call omp_get_max_threads: how many threads this thread's team has."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.sext(builder.call(builder.inttoptr(args[0], kind.as_pointer()), []), _I64)
+
+    return types.int64(types.int64), lower
+
+
+@intrinsic
+def _in_team(typingctx: Any, function: Any, body: Any, state: Any) -> Any:
+    """Call GOMP_parallel(body, state, 0, 0): every thread of the team calls body(state). The team keeps its size: one of
+    another size would end threads or start new ones each time.
+    """
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        int32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [_I64, _I64, int32, int32])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2], int32(0), int32(0)])
+
+    return types.void(*[types.int64] * 3), lower
+
+
+def _take_part(state: int) -> None:
+    """What a thread of an OpenMP team does: as many of them as the job wants take tasks."""
+    if _add(state, _ENTERED, 1) <= _get(state, _WORKERS):
+        kernel, plan, call, tasks = _get(state, _KERNEL), _get(state, _PLAN), _get(state, _CALL), _get(state, _TASKS)
+        task = _add(state, _NEXT, 1)
+        while task < tasks:
+            _invoke(kernel, plan, call, task)
+            task = _add(state, _NEXT, 1)
+
+
 def _work(state: int, number: int, lock: int, acquire: int) -> None:
     """What worker `number` does for ever."""
     done = 0
@@ -196,6 +242,11 @@ def _launch(pool: int, plan: int, arrays: int, call: int, stream: int) -> None:
     _set(state, _TASKS, tasks)
     _set(state, _WORKERS, workers)
     _set(state, _NEXT, 0)
+    if _get(pool, _PARALLEL) != 0 and _team_size(_get(pool, _TEAM_SIZE)) > 1:
+        _set(state, _ENTERED, 0)
+        _in_team(_get(pool, _PARALLEL), _get(pool, _TAKE_PART), state)
+        _set(state, _OWNER, 0)
+        return
     _add(state, _SEQUENCE, 1)
     for number in range(workers):
         if _get(state, _ASLEEP + 8 * number) == 1 and _exchange(state, _ASLEEP + 8 * number, 0) == 1:
@@ -215,6 +266,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._workers = -1  # -1: not even the compiled functions are there
+        self._openmp = False  # whether a team was looked for and found, or must not be used
         self._growing = threading.Lock()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
@@ -228,6 +280,8 @@ class Pool:
         """
         if threads > self._workers + 1:
             self._grow(min(threads - 1, MAX_WORKERS))
+        if threads > 1 and not self._openmp and "torch" in sys.modules:
+            self._find_team()
         if self._reads_objects:
             self._launch(self._address, plan, id(arrays), 0, stream)
         else:
@@ -237,7 +291,19 @@ class Pool:
     def _forget(self) -> None:
         """In a forked child: the threads are gone, and the state may have been caught in the middle of a job."""
         self._workers = -1
+        self._openmp = True
         self._growing = threading.Lock()
+
+    def _find_team(self) -> None:
+        """Let jobs be done by the OpenMP team of PyTorch, whose runtime is visible to the whole process."""
+        with self._growing:
+            program = ctypes.CDLL(None) if os.name == "posix" else None
+            if hasattr(program, "GOMP_parallel") and hasattr(program, "omp_get_max_threads"):
+                self._take_part = compiled(_take_part, "threads_take_part", 1)
+                self._header[_TAKE_PART] = self._take_part.address
+                self._header[_TEAM_SIZE] = ctypes.cast(program.omp_get_max_threads, ctypes.c_void_p).value or 0
+                self._header[_PARALLEL] = ctypes.cast(program.GOMP_parallel, ctypes.c_void_p).value or 0
+            self._openmp = True
 
     def _grow(self, workers: int) -> None:
         with self._growing:
