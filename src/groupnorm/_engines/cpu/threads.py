@@ -297,7 +297,7 @@ class Pool:
     def _find_team(self) -> None:
         """Let jobs be done by the OpenMP team of PyTorch, whose runtime is visible to the whole process."""
         with self._growing:
-            program = ctypes.CDLL(None) if os.name == "posix" else None
+            program: Any = ctypes.CDLL(None) if os.name == "posix" else None
             if hasattr(program, "GOMP_parallel") and hasattr(program, "omp_get_max_threads"):
                 self._take_part = compiled(_take_part, "threads_take_part", 1)
                 self._header[_TAKE_PART] = self._take_part.address
