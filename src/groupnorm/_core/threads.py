@@ -1,10 +1,13 @@
-"""How many threads a call may use: one number for the process, read by the engines at every call."""
+"""How many threads a call may use: one number for the process, read by the engines at every call; and whether the
+process has lost threads that it inherited.
+"""
 
 import os
+import sys
 
 from groupnorm.errors import OptionError
 
-__all__ = ["get_num_threads", "set_num_threads"]
+__all__ = ["get_num_threads", "is_forked", "set_num_threads"]
 
 _num_threads = 0  # 0: not asked for yet
 
@@ -37,3 +40,28 @@ def _first_num_threads() -> int:
     else:
         set_num_threads(os.cpu_count() or 1)
     return _num_threads
+
+
+def _is_forked_at_import() -> bool:
+    """Whether a forked child of `multiprocessing` imports this package only now, too late for the hook below."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    if multiprocessing is None or multiprocessing.parent_process() is None:
+        return False
+    return bool(multiprocessing.get_start_method() != "spawn")
+
+
+_forked = _is_forked_at_import()
+
+
+def is_forked() -> bool:
+    """Whether this process is a forked child, in which a pool of threads that the parent used hangs."""
+    return _forked
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)

@@ -29,6 +29,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from groupnorm._core.threads import is_forked
 from groupnorm._engines.cpu.compiler import compiled
 from groupnorm._engines.cpu.records import ARRAYS, CALL, call_at, plan_at
 
@@ -147,8 +148,8 @@ def _team_size(typingctx: Any, function: Any) -> Any:
 
 @intrinsic
 def _in_team(typingctx: Any, function: Any, body: Any, state: Any) -> Any:
-    """Call GOMP_parallel(body, state, 0, 0): every thread of the team calls body(state). The team keeps its size: one of
-    another size would end threads or start new ones each time.
+    """Call GOMP_parallel(body, state, 0, 0): every thread of the team calls body(state). The team keeps its size:
+    another one would end threads or start new ones each time.
     """
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -266,7 +267,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._workers = -1  # -1: not even the compiled functions are there
-        self._openmp = False  # whether a team was looked for and found, or must not be used
+        self._looked_for_team = False
         self._growing = threading.Lock()
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
@@ -280,7 +281,7 @@ class Pool:
         """
         if threads > self._workers + 1:
             self._grow(min(threads - 1, MAX_WORKERS))
-        if threads > 1 and not self._openmp and "torch" in sys.modules:
+        if threads > 1 and not self._looked_for_team and "torch" in sys.modules:
             self._find_team()
         if self._reads_objects:
             self._launch(self._address, plan, id(arrays), 0, stream)
@@ -291,19 +292,19 @@ class Pool:
     def _forget(self) -> None:
         """In a forked child: the threads are gone, and the state may have been caught in the middle of a job."""
         self._workers = -1
-        self._openmp = True
         self._growing = threading.Lock()
 
     def _find_team(self) -> None:
         """Let jobs be done by the OpenMP team of PyTorch, whose runtime is visible to the whole process."""
         with self._growing:
             program: Any = ctypes.CDLL(None) if os.name == "posix" else None
-            if hasattr(program, "GOMP_parallel") and hasattr(program, "omp_get_max_threads"):
+            names = ("GOMP_parallel", "omp_get_max_threads")
+            if not is_forked() and all(hasattr(program, name) for name in names):
                 self._take_part = compiled(_take_part, "threads_take_part", 1)
                 self._header[_TAKE_PART] = self._take_part.address
                 self._header[_TEAM_SIZE] = ctypes.cast(program.omp_get_max_threads, ctypes.c_void_p).value or 0
                 self._header[_PARALLEL] = ctypes.cast(program.GOMP_parallel, ctypes.c_void_p).value or 0
-            self._openmp = True
+            self._looked_for_team = True
 
     def _grow(self, workers: int) -> None:
         with self._growing:
