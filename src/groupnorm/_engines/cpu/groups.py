@@ -3,8 +3,9 @@
 import numpy as np
 
 from groupnorm._engines.cpu.compiler import jitted
-from groupnorm._engines.cpu.memory import FLOAT64, load_one, one_lane, pointer, store_one
-from groupnorm._engines.cpu.records import FROM_MOMENTS, channel_affine
+from groupnorm._engines.cpu.memory import FLOAT64, load_first, load_one, one_lane, pointer, store_first, zeros
+from groupnorm._engines.cpu.records import FROM_MOMENTS, channel_affine, sums_at
+from groupnorm._engines.cpu.simd import LANES, fma, total
 from groupnorm._engines.cpu.statistics import count_real
 
 __all__ = ["backward_statistics", "close_sums", "given_statistics", "group_channels", "real_positions"]
@@ -60,22 +61,21 @@ def close_sums(p, a, x, mask, n, g, m, r):
     count = max(real_positions(p, mask, n) * (last - first), 1.0)
     lane_r = np.float64(one_lane(x, r))
     exact = r / lane_r if 0.0 < lane_r < np.inf else 1.0
-    lost = 0.0
-    for c in range(first, last):
-        for part in range(p.parts):
-            lost += load_one(sums, n * p.sum_n + c * p.sum_c + part * p.sum_part + 2 * p.sum_next)
-    lost /= count
+    s_h = zeros(sums)
+    for part in range(p.parts):
+        for c in range(first, last, LANES):
+            s_h += load_first(sums, sums_at(p, n, part, 2) + c, last - c)
+    lost = total(s_h) / count
     if abs(lost) > ROUNDING * abs(m) * r:
         lost = 0.0
-    s1 = s2 = 0.0
-    for c in range(first, last):
-        factor, _ = channel_affine(p, a, n, c)
+    s1 = s2 = zeros(sums)
+    for c in range(first, last, LANES):
+        factor, _ = channel_affine(p, a, n, c, last - c)
         for part in range(p.parts):
-            at = n * p.sum_n + c * p.sum_c + part * p.sum_part
-            s_dz = load_one(sums, at)
-            s_dzh = (load_one(sums, at + p.sum_next) - lost * s_dz) * exact
-            store_one(sums, at + p.sum_next, s_dzh)
-            s1 += factor * s_dz
-            s2 += factor * s_dzh
-    k2 = -r * exact * s2 / count
-    return k2, -r * s1 / count - k2 * lost
+            s_dz = load_first(sums, sums_at(p, n, part, 0) + c, last - c)
+            s_dzh = (load_first(sums, sums_at(p, n, part, 1) + c, last - c) - lost * s_dz) * exact
+            store_first(sums, sums_at(p, n, part, 1) + c, s_dzh, last - c)
+            s1 = fma(factor, s_dz, s1)
+            s2 = fma(factor, s_dzh, s2)
+    k2 = -r * exact * total(s2) / count
+    return k2, -r * total(s1) / count - k2 * lost

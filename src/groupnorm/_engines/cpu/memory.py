@@ -8,7 +8,7 @@ an element code from a kernel's closure into Numba's types; from there on everyt
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
@@ -85,6 +85,18 @@ def one_lane(typingctx: Any, p: Any, number: Any) -> Any:
         return context.cast(builder, args[1], sig.args[1], kind)
 
     return kind(p, types.float64), lower
+
+
+@intrinsic
+def scratch(typingctx: Any, p: Any) -> Any:
+    """Room for LANES numbers of p's lane type on the stack: one such place for each place in the program."""
+    result = Pointer(_LANE_OF[p.element])
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        room = cgutils.alloca_once(builder, ir.VectorType(_STORED[result.element], LANES))
+        return builder.ptrtoint(room, I64)
+
+    return result(p), lower
 
 
 @intrinsic

@@ -4,8 +4,9 @@ from functools import cache
 from typing import Any
 
 from groupnorm._engines.cpu.compiler import compiled, jitted
-from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer
-from groupnorm._engines.cpu.records import call_at, coefficient, plan_at, store_coefficient
+from groupnorm._engines.cpu.memory import FLOAT64, load_first, pointer, zeros
+from groupnorm._engines.cpu.records import call_at, coefficients, plan_at, store_coefficients, sums_at
+from groupnorm._engines.cpu.simd import LANES, fma
 
 __all__ = ["CHANNELS_PER_TASK", "parameters_kernel"]
 
@@ -16,23 +17,24 @@ CHANNELS_PER_TASK = 64
 def _parameters(p, a, task):
     """Equations (10) to (12) for the channels of a task; sums go over samples and parts in their order."""
     sums = pointer(a.sums, FLOAT64)
-    for c in range(task * CHANNELS_PER_TASK, min((task + 1) * CHANNELS_PER_TASK, p.C)):
-        weight, bias = coefficient(a.weight, p.weight, c, 1.0), coefficient(a.bias, p.bias, c, 0.0)
-        dweight = dbias = 0.0
+    last = min((task + 1) * CHANNELS_PER_TASK, p.C)
+    for c in range(task * CHANNELS_PER_TASK, last, LANES):
+        lanes = min(last - c, LANES)
+        weight, bias = coefficients(a.weight, p.weight, c, lanes, 1.0), coefficients(a.bias, p.bias, c, lanes, 0.0)
+        dweight = dbias = zeros(sums)
         for n in range(p.N):
-            s_dz = s_dzh = 0.0
+            s_dz = s_dzh = zeros(sums)
             for part in range(p.parts):
-                at = n * p.sum_n + c * p.sum_c + part * p.sum_part
-                s_dz += load_one(sums, at)
-                s_dzh += load_one(sums, at + p.sum_next)
+                s_dz += load_first(sums, sums_at(p, n, part, 0) + c, lanes)
+                s_dzh += load_first(sums, sums_at(p, n, part, 1) + c, lanes)
             index = n * p.C + c
-            factor = 1.0 + coefficient(a.scale, p.scale, index, 0.0)
-            dbias += factor * s_dz
-            dweight += factor * s_dzh
-            store_coefficient(a.dscale, p.scale, index, weight * s_dzh + bias * s_dz)
-            store_coefficient(a.dshift, p.shift, index, s_dz)
-        store_coefficient(a.dweight, p.weight, c, dweight)
-        store_coefficient(a.dbias, p.bias, c, dbias)
+            factor = coefficients(a.scale, p.scale, index, lanes, 0.0) + 1.0
+            dbias = fma(factor, s_dz, dbias)
+            dweight = fma(factor, s_dzh, dweight)
+            store_coefficients(a.dscale, p.scale, index, fma(weight, s_dzh, bias * s_dz), lanes)
+            store_coefficients(a.dshift, p.shift, index, s_dz, lanes)
+        store_coefficients(a.dweight, p.weight, c, dweight, lanes)
+        store_coefficients(a.dbias, p.bias, c, dbias, lanes)
 
 
 @cache

@@ -12,7 +12,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from groupnorm._engines.cpu.compiler import inlined, jitted
-from groupnorm._engines.cpu.memory import BF16, F16, FLOAT32, FLOAT64, NONE, load_one, pointer, store_one
+from groupnorm._engines.cpu.memory import BF16, F16, FLOAT32, FLOAT64, NONE, load_first, pointer, store_first, zeros
+from groupnorm._engines.cpu.simd import fma, narrow, widen
 
 __all__ = [
     "ARRAYS",
@@ -22,9 +23,10 @@ __all__ = [
     "SHAPED",
     "call_at",
     "channel_affine",
-    "coefficient",
+    "coefficients",
     "plan_at",
-    "store_coefficient",
+    "store_coefficients",
+    "sums_at",
 ]
 
 FROM_MOMENTS = 2  # backward in phases: a launch before it has left the moments
@@ -41,9 +43,9 @@ PLAN = np.dtype(
         "phase",  # what this launch does, a sum of the phases of the kernel's file
         "unit", "units", "per_task", "parts", "slab",  # how the work is cut, see the kernel's file
         "part", "chunk_rows",  # channels first: positions of a part, channels of a chunk
+        "flat",  # channels first: 1 if every channel has one position, and its channels are neighbours
         "chunk",  # channels first: elements whose moments are taken while they are in the L1 cache
         "stats",  # 1: statistics are given, moments for forward, mean and rstd for backward; FROM_MOMENTS
-        "sum_n", "sum_c", "sum_part", "sum_next",  # backward: steps in the sums of dz, and on to dz*d and d
     )] + [("eps", np.float64)],
     align=True,
 )  # fmt: skip
@@ -67,41 +69,55 @@ call_at = _record_at(CALL)
 
 
 @inlined
-def coefficient(address, code, index, default):
-    """Element `index` of a parameter as float64; the default if there is no such array. The type is looked up at run
-    time: a parameter is read once per row, and a kernel for each mixture of types would be compiled for nothing.
+def sums_at(p, n, part, kind):
+    """Where the sums of a part (of a unit, in channels last) of sample n begin, by channel: kind 0 of dz, 1 of dz*xhat,
+    2 of xhat.
     """
-    if code == NONE or address == 0:
-        return default
-    if code == FLOAT32:
-        return np.float64(load_one(pointer(address, FLOAT32), index))
-    if code == FLOAT64:
-        return load_one(pointer(address, FLOAT64), index)
-    if code == BF16:
-        return np.float64(load_one(pointer(address, BF16), index))
-    return np.float64(load_one(pointer(address, F16), index))
-
-
-@inlined
-def channel_affine(p, a, n, c):
-    """A and B of z = xhat*A + B for channel c of sample n: weight*(1 + scale) and bias*(1 + scale) + shift."""
-    factor = 1.0 + coefficient(a.scale, p.scale, n * p.C + c, 0.0)
-    return (
-        coefficient(a.weight, p.weight, c, 1.0) * factor,
-        coefficient(a.bias, p.bias, c, 0.0) * factor + coefficient(a.shift, p.shift, n * p.C + c, 0.0),
-    )
+    return ((n * p.parts + part) * 3 + kind) * p.C
 
 
 @jitted
-def store_coefficient(address, code, index, value):
-    """Write element `index` of a parameter's gradient, if there is one, in the parameter's type."""
+def coefficients(address, code, index, lanes, default):
+    """Elements index to index + lanes of a parameter as a float64 vector; the default in every lane if there is no such
+    array. The type is looked up at run time: a parameter is read once for sixteen channels, and a kernel for each
+    mixture of types would be compiled for nothing.
+    """
+    if code == NONE or address == 0:
+        return zeros(pointer(address, FLOAT64)) + default
+    if code == FLOAT32:
+        return widen(load_first(pointer(address, FLOAT32), index, lanes))
+    if code == FLOAT64:
+        return load_first(pointer(address, FLOAT64), index, lanes)
+    if code == BF16:
+        return widen(load_first(pointer(address, BF16), index, lanes))
+    return widen(load_first(pointer(address, F16), index, lanes))
+
+
+@jitted
+def channel_affine(p, a, n, c, lanes):
+    """A and B of z = xhat*A + B for channels c to c + lanes of sample n, as float64 vectors: weight*(1 + scale) and
+    bias*(1 + scale) + shift.
+    """
+    weight, bias = coefficients(a.weight, p.weight, c, lanes, 1.0), coefficients(a.bias, p.bias, c, lanes, 0.0)
+    if p.scale == NONE and p.shift == NONE:
+        return weight, bias
+    factor = coefficients(a.scale, p.scale, n * p.C + c, lanes, 0.0) + 1.0
+    return weight * factor, fma(bias, factor, coefficients(a.shift, p.shift, n * p.C + c, lanes, 0.0))
+
+
+@jitted
+def store_coefficients(address, code, index, values, lanes):
+    """Write elements index to index + lanes of a parameter's gradient, if there is one, in the parameter's type."""
     if address == 0:
         return
     if code == FLOAT32:
-        store_one(pointer(address, FLOAT32), index, np.float32(value))
+        to = pointer(address, FLOAT32)
+        store_first(to, index, narrow(values, zeros(to)), lanes)
     elif code == FLOAT64:
-        store_one(pointer(address, FLOAT64), index, value)
+        store_first(pointer(address, FLOAT64), index, values, lanes)
     elif code == BF16:
-        store_one(pointer(address, BF16), index, np.float32(value))
+        half = pointer(address, BF16)
+        store_first(half, index, narrow(values, zeros(half)), lanes)
     elif code == F16:
-        store_one(pointer(address, F16), index, np.float32(value))
+        short = pointer(address, F16)
+        store_first(short, index, narrow(values, zeros(short)), lanes)

@@ -247,6 +247,17 @@ def first_lanes(typingctx: Any, count: Any) -> Any:
     return Vector("bool")(types.int64), lower
 
 
+@intrinsic
+def any_of(typingctx: Any, mask: Any) -> Any:
+    """Whether a bool vector holds in any lane."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        together = builder.bitcast(args[0], ir.IntType(LANES))
+        return builder.icmp_unsigned("!=", together, ir.Constant(together.type, 0))
+
+    return types.boolean(mask), lower
+
+
 def _halved(builder: Any, value: Any) -> Any:
     """The sum of the lanes: halves are added until one lane is left, so the order is fixed."""
     lanes = LANES

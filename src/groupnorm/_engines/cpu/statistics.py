@@ -1,22 +1,34 @@
 """Moments of runs of elements: the arithmetic behind every mean and variance of the CPU engine.
 
-A chunk is summed as d = x - m and d*d, with a pivot m near its mean; its mean is m + sum(d)/count and its M2 is
-sum(d*d) - sum(d)^2/count. The first chunk of a unit is read twice while it is in the L1 cache, once for its pivot; each
-later chunk takes the mean of the chunk before, unless that one had fewer elements. That costs no accuracy: with chunk
-means u[i] around the mean u of all, (u[i-1] - u[i])^2 <= 2 (u[i-1] - u)^2 + 2 (u[i] - u)^2, and those squares, weighted
-by counts, are part of M2 itself, so that the sums of d*d together are at most 5 times M2. A constant chunk comes out
-exact. Lanes are float32 (float64 for float64 data) over at most a few thousand elements; chunks are merged in float64
-by Chan's rule, as offsets from the first pivot, so that rounding goes with the spread of the data and not with its
-mean.
+A unit (some thousand elements of a group) is summed as d = x - m and d*d, with its first element as the pivot m; its
+mean is m + sum(d)/count and its M2 is sum(d*d) - sum(d)^2/count. That subtraction loses digits if m is far from the
+mean u, since sum(d*d) = M2 + count*(u - m)^2: where (u - m)^2 is more than FAR variances (less for few elements),
+which for normal data happens once in 16,000 units, the unit is read again with its mean as the pivot. A constant unit
+comes out exact. Lanes are float32 (float64 for float64 data) over a chunk, 16 elements to a lane, and float64 beyond;
+units are merged in float64 by Chan's rule, as offsets from the first pivot, so that rounding goes with the spread of
+the data and not with its mean.
 """
 
 import numpy as np
 
-from groupnorm._engines.cpu.compiler import jitted
+from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.memory import element_size, load, load_first, load_one, one_lane, zeros
-from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total
+from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total, widen
 
-__all__ = ["chunk_moments", "count_real", "is_real", "merge", "moments_by_element", "out_of_range"]
+__all__ = [
+    "FAR",
+    "count_real",
+    "fewer",
+    "is_far",
+    "is_real",
+    "merge",
+    "moments_by_element",
+    "out_of_range",
+    "run_moments",
+]
+
+# (mean - pivot)^2 in variances up to which a pivot is good, if there are many elements, whose roundings average out
+FAR = 16.0
 
 
 @jitted
@@ -33,86 +45,83 @@ def merge(a, b):
     return count + count_b, pivot, offset + delta * fraction, m2 + m2_b + delta * delta * count * fraction
 
 
-@jitted
-def chunk_moments(x, mask, at, mask_at, rows, length, step, before):
-    """Moments of `rows` runs of `length` elements, `step` apart; the same run of the mask holds for every row.
+@inlined
+def is_far(offset, m2, count, limit):
+    """Whether a pivot is too far from the mean, which lies `offset` beside it: more than `limit` variances."""
+    return offset * offset * count > m2 * limit
 
-    `before` is the chunk before this one, whose mean is the pivot if it has as many elements; a count of 0 if there is
-    none.
+
+@inlined
+def fewer(x, elements):
+    """How many elements a lane takes in a second reading. A far pivot tells of outliers: beside the square of one of
+    1e5 std a float32 lane loses what it adds afterwards, 5 roundings with 16 elements and none with 4. In float64 it
+    is the number of additions altogether that counts.
+    """
+    return elements if element_size(x) == 8 else max(elements // 4, 1)
+
+
+@jitted
+def run_moments(x, mask, at, mask_at, rows, length, step, chunk_rows, chunk):
+    """Moments of `rows` runs of `length` elements, `step` apart; the same run of the mask holds for every row. Lanes
+    run over `chunk` elements of `chunk_rows` rows.
     """
     count = np.float64(rows * length)
     if mask is not None:
         count = rows * count_real(mask, mask_at, length)
-        if count == 0.0:
-            return 0.0, 0.0, 0.0, 0.0
-    if before[0] >= count:
-        pivot = one_lane(x, before[1] + before[2])
-    else:
-        s = zeros(x)
-        for r in range(rows):
-            s += _sum(x, mask, at + r * step, mask_at, length)
-        pivot = one_lane(x, total(s) / count)
-    s = q = zeros(x)
+    if count == 0.0:
+        return 0.0, 0.0, 0.0, 0.0
+    pivot = one_lane(x, 0.0) if mask is not None else load_one(x, at)  # the first element might not be real
+    offset = m2 = 0.0
+    for _ in range(2):
+        s = q = widen(zeros(x))
+        for r in range(0, rows, chunk_rows):
+            for i in range(0, length, chunk):
+                s_chunk, q_chunk = _chunk_sums(x, mask, at + r * step + i, mask_at + i, min(chunk_rows, rows - r),
+                                               min(chunk, length - i), step, pivot)  # fmt: skip
+                s += widen(s_chunk)
+                q += widen(q_chunk)
+        sum_d = total(s)
+        offset = sum_d / count
+        m2 = max(total(q) - offset * sum_d, 0.0)
+        if not is_far(offset, m2, count, min(1.0 + count / 64, FAR)):
+            break
+        pivot = one_lane(x, np.float64(pivot) + offset)
+        chunk, chunk_rows = fewer(x, chunk), fewer(x, chunk_rows)
+    return count, np.float64(pivot), offset, m2
+
+
+@jitted
+def _chunk_sums(x, mask, at, mask_at, rows, length, step, m):
+    """The sums of d = x - m and of d*d over some runs, as vectors."""
+    s0 = s1 = s2 = s3 = q0 = q1 = q2 = q3 = zeros(x)
     for r in range(rows):
-        s_run, q_run = _deviations(x, mask, at + r * step, mask_at, length, pivot)
-        s += s_run
-        q += q_run
-    offset = total(s) / count
-    return count, np.float64(pivot), offset, max(total(q) - offset * offset * count, 0.0)
-
-
-@jitted
-def _sum(x, mask, at, mask_at, length):
-    """The sum of a run, as a vector."""
-    s0 = s1 = s2 = s3 = zeros(x)
-    done = 0
-    if mask is None:
-        for i in range(length // (4 * LANES)):
-            j = at + i * 4 * LANES
-            s0 += load(x, j)
-            s1 += load(x, j + LANES)
-            s2 += load(x, j + 2 * LANES)
-            s3 += load(x, j + 3 * LANES)
-        done = length // (4 * LANES) * (4 * LANES)
-    while done < length:
-        v = load_first(x, at + done, length - done)
-        if mask is not None:
-            v = select(load_first(mask, mask_at + done, length - done), v, 0.0)
-        s0 += v
-        done += LANES
-    return (s0 + s1) + (s2 + s3)
-
-
-@jitted
-def _deviations(x, mask, at, mask_at, length, m):
-    """The sums of d = x - m and of d*d over a run, as vectors."""
-    s0 = s1 = q0 = q1 = q2 = q3 = zeros(x)
-    done = 0
-    if mask is None:
-        for i in range(length // (4 * LANES)):
-            j = at + i * 4 * LANES
-            d0 = load(x, j) - m
-            d1 = load(x, j + LANES) - m
-            d2 = load(x, j + 2 * LANES) - m
-            d3 = load(x, j + 3 * LANES) - m
-            s0 += d0
-            s1 += d1
-            s0 += d2
-            s1 += d3
-            q0 = fma(d0, d0, q0)
-            q1 = fma(d1, d1, q1)
-            q2 = fma(d2, d2, q2)
-            q3 = fma(d3, d3, q3)
-        done = length // (4 * LANES) * (4 * LANES)
-    while done < length:
-        real = first_lanes(length - done)
-        if mask is not None:
-            real = load_first(mask, mask_at + done, length - done)
-        d = select(real, load_first(x, at + done, length - done) - m, 0.0)
-        s0 += d
-        q0 = fma(d, d, q0)
-        done += LANES
-    return s0 + s1, (q0 + q1) + (q2 + q3)
+        first = at + r * step
+        done = 0
+        if mask is None:
+            while done + 4 * LANES <= length:
+                j = first + done
+                d0 = load(x, j) - m
+                d1 = load(x, j + LANES) - m
+                d2 = load(x, j + 2 * LANES) - m
+                d3 = load(x, j + 3 * LANES) - m
+                s0 += d0
+                s1 += d1
+                s2 += d2
+                s3 += d3
+                q0 = fma(d0, d0, q0)
+                q1 = fma(d1, d1, q1)
+                q2 = fma(d2, d2, q2)
+                q3 = fma(d3, d3, q3)
+                done += 4 * LANES
+        while done < length:
+            real = first_lanes(length - done)
+            if mask is not None:
+                real = load_first(mask, mask_at + done, length - done)
+            d = select(real, load_first(x, first + done, length - done) - m, 0.0)
+            s0 += d
+            q0 = fma(d, d, q0)
+            done += LANES
+    return (s0 + s1) + (s2 + s3), (q0 + q1) + (q2 + q3)
 
 
 @jitted
@@ -131,7 +140,7 @@ def out_of_range(x, m2, count, eps):
     """
     if element_size(x) == 8:  # there is no wider type to turn to, but infinity is better than infinity - infinity
         return np.isnan(m2)
-    return not m2 < np.inf or m2 / max(count, 1.0) + eps < 1e-34
+    return not m2 < np.inf or m2 + eps * count < 1e-34 * count
 
 
 @jitted

@@ -18,13 +18,15 @@ from groupnorm._engines.cpu.memory import (
     load_one,
     one_lane,
     pointer,
+    scratch,
+    store,
     store_first,
     store_one,
     write,
     zeros,
 )  # fmt: skip
-from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
-from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total
+from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at, sums_at
+from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, narrow, select, total, widen
 
 __all__ = ["backward_kernel"]
 
@@ -71,49 +73,74 @@ def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count,
 
 @jitted
 def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
-    """Write the sums of dz, dz*xhat and xhat of each channel of a unit; by chunks in lanes, then in float64."""
+    """Write the sums of dz and dz*xhat of each channel of a unit, and that of xhat of all, at its first channel."""
     sums = pointer(a.sums, FLOAT64)
     c, channels, start, length = unit_extent(p, g, unit)
     lane_m, lane_r = one_lane(x, m), one_lane(x, r)
+    slopes, shifts = scratch(x), scratch(x)
+    part = unit % p.parts
+    of_dz, of_dzh, of_h = sums_at(p, n, part, 0), sums_at(p, n, part, 1), sums_at(p, n, part, 2)
+    s_h = widen(zeros(x))
     for channel in range(c, c + channels):
-        factor, summand = channel_affine(p, a, n, channel)
-        summand -= rest * r * factor
-        slope_, shift = one_lane(x, factor), one_lane(x, summand)
-        s_dz = s_dzd = s_d = 0.0
-        for i in range(start, start + length, SUMS_CHUNK):
-            xa, ya = n * p.x_n + channel * p.x_c + i, n * p.dy_n + channel * p.dy_c + i
-            ra, ma = n * p.residual_n + channel * p.residual_c + i, n * p.S + i
-            end = min(SUMS_CHUNK, start + length - i)
-            p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
-            done = 0
-            while done + 2 * LANES <= end:
-                h = _xhat(x, mask, xa + done, ma + done, LANES, lane_m, lane_r)
-                dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, slope_, shift)
-                p0 += dz
-                q0 = fma(dz, h, q0)
-                e0 += h
-                done += LANES
-                h = _xhat(x, mask, xa + done, ma + done, LANES, lane_m, lane_r)
-                dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, slope_, shift)
-                p1 += dz
-                q1 = fma(dz, h, q1)
-                e1 += h
-                done += LANES
-            while done < end:
-                tail = end - done
-                h = _xhat(x, mask, xa + done, ma + done, tail, lane_m, lane_r)
-                dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, tail, slope_, shift)
-                p0 += dz
-                q0 = fma(dz, h, q0)
-                e0 += h
-                done += LANES
-            s_dz += total(p0 + p1)
-            s_dzd += total(q0 + q1)
-            s_d += total(e0 + e1)
-        at = n * p.sum_n + channel * p.sum_c + unit % p.parts * p.sum_part
-        store_one(sums, at, s_dz)
-        store_one(sums, at + p.sum_next, s_dzd)
-        store_one(sums, at + 2 * p.sum_next, s_d)
+        lane = (channel - c) % LANES
+        if lane == 0:
+            lanes = min(c + channels - channel, LANES)
+            factor, summand = channel_affine(p, a, n, channel, lanes)
+            slope_, shift = narrow(factor, zeros(x)), narrow(fma(factor, -rest * r, summand), zeros(x))
+            store(slopes, 0, slope_)
+            store(shifts, 0, shift)
+            store_first(sums, of_h + channel, zeros(sums), lanes)
+        xa, ya = n * p.x_n + channel * p.x_c + start, n * p.dy_n + channel * p.dy_c + start
+        ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
+        if mask is None and p.flat:  # a position to a channel: lanes can be channels
+            if lane == 0:
+                h = _xhat(x, mask, xa, ma, lanes, lane_m, lane_r)
+                dz = _dz_vector(h, dy, residual, mask, act, ya, ra, ma, lanes, slope_, shift)
+                store_first(sums, of_dz + channel, widen(dz), lanes)
+                store_first(sums, of_dzh + channel, widen(dz * h), lanes)
+                s_h += widen(h)
+            continue
+        s_dz, s_dzh, s_h = _run_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, lane_m, lane_r,
+                                     load_one(slopes, lane), load_one(shifts, lane), s_h)  # fmt: skip
+        store_one(sums, of_dz + channel, s_dz)
+        store_one(sums, of_dzh + channel, s_dzh)
+    if channels > 0:
+        store_one(sums, of_h + c, total(s_h))
+
+
+@jitted
+def _run_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, r, a, b, s_h):
+    """The sums of dz and dz*xhat over a run of one channel, and s_h with xhat added; lanes over chunks, then float64."""
+    s_dz = s_dzh = 0.0
+    for i in range(0, length, SUMS_CHUNK):
+        end = min(i + SUMS_CHUNK, length)
+        p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
+        done = i
+        while done + 2 * LANES <= end:
+            h = _xhat(x, mask, xa + done, ma + done, LANES, m, r)
+            dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
+            p0 += dz
+            q0 = fma(dz, h, q0)
+            e0 += h
+            done += LANES
+            h = _xhat(x, mask, xa + done, ma + done, LANES, m, r)
+            dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
+            p1 += dz
+            q1 = fma(dz, h, q1)
+            e1 += h
+            done += LANES
+        while done < end:
+            tail = end - done
+            h = _xhat(x, mask, xa + done, ma + done, tail, m, r)
+            dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, tail, a, b)
+            p0 += dz
+            q0 = fma(dz, h, q0)
+            e0 += h
+            done += LANES
+        s_dz += total(p0 + p1)
+        s_dzh += total(q0 + q1)
+        s_h += widen(e0 + e1)
+    return s_dz, s_dzh, s_h
 
 
 @jitted
@@ -122,32 +149,54 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
     c, channels, start, length = unit_extent(p, g, unit)
     lane_m, lane_r = one_lane(x, m), one_lane(x, r)
     lane_k2, lane_k3 = one_lane(x, k2), one_lane(x, k3)
+    slopes, shifts, factors = scratch(x), scratch(x), scratch(x)
     for channel in range(c, c + channels):
-        factor, summand = channel_affine(p, a, n, channel)
-        summand -= rest * r * factor
-        slope_, shift, k1 = one_lane(x, factor), one_lane(x, summand), one_lane(x, factor * r)
+        lane = (channel - c) % LANES
+        if lane == 0:
+            lanes = min(c + channels - channel, LANES)
+            factor, summand = channel_affine(p, a, n, channel, lanes)
+            slope_, shift = narrow(factor, zeros(x)), narrow(fma(factor, -rest * r, summand), zeros(x))
+            k1 = narrow(factor * r, zeros(x))
+            store(slopes, 0, slope_)
+            store(shifts, 0, shift)
+            store(factors, 0, k1)
         xa, ya = n * p.x_n + channel * p.x_c + start, n * p.dy_n + channel * p.dy_c + start
         da, sa = n * p.dx_n + channel * p.dx_c + start, n * p.dresidual_n + channel * p.dresidual_c + start
         ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
-        done, streaming = 0, a.stream
-        if streaming:
-            head = min(elements_to_line(dx, da), length)
-            streaming = head < LANES
-            if 0 < head < LANES:
-                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma,
-                               head, lane_m, lane_r, slope_, shift, k1, lane_k2, lane_k3)  # fmt: skip
-                store_first(dx, da, v, head)
-                done = head
-        while done + LANES <= length:
-            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
-                           LANES, lane_m, lane_r, slope_, shift, k1, lane_k2, lane_k3)  # fmt: skip
-            write(dx, da + done, v, streaming)
-            done += LANES
-        if done < length:
-            tail = length - done
-            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
-                           tail, lane_m, lane_r, slope_, shift, k1, lane_k2, lane_k3)  # fmt: skip
-            store_first(dx, da + done, v, tail)
+        if mask is None and p.flat:
+            if lane == 0:
+                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, lanes, lane_m, lane_r, slope_,
+                               shift, k1, lane_k2, lane_k3)  # fmt: skip
+                store_first(dx, da, v, lanes)
+            continue
+        _backward_run(x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, a.stream, lane_m,
+                      lane_r, load_one(slopes, lane), load_one(shifts, lane), load_one(factors, lane), lane_k2,
+                      lane_k3)  # fmt: skip
+
+
+@jitted
+def _backward_run(
+    x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, streaming, m, r, a, b, k1, k2, k3
+):
+    """dx of a run of one channel."""
+    done = 0
+    if streaming:
+        head = min(elements_to_line(dx, da), length)
+        streaming = head < LANES
+        if 0 < head < LANES:
+            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, head, m, r, a, b, k1, k2, k3)
+            store_first(dx, da, v, head)
+            done = head
+    while done + LANES <= length:
+        v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
+                       LANES, m, r, a, b, k1, k2, k3)  # fmt: skip
+        write(dx, da + done, v, streaming)
+        done += LANES
+    if done < length:
+        tail = length - done
+        v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
+                       tail, m, r, a, b, k1, k2, k3)  # fmt: skip
+        store_first(dx, da + done, v, tail)
 
 
 @jitted

@@ -28,12 +28,15 @@ from groupnorm._engines.cpu.memory import (
     load_one,
     one_lane,
     pointer,
+    scratch,
+    store,
     store_first,
     store_one,
     write,
+    zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
-from groupnorm._engines.cpu.simd import LANES, fma, select
+from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
 
 __all__ = ["forward_kernel"]
 
@@ -56,28 +59,45 @@ def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
     """y of a unit, channel by channel: `m` is the mean in lane precision, `m_rest` what that lacks, r is rstd."""
     c, channels, start, length = unit_extent(p, g, unit)
     lane_m = one_lane(x, m)
+    slopes, shifts = scratch(x), scratch(x)
     for channel in range(c, c + channels):
-        factor, summand = channel_affine(p, a, n, channel)
-        slope_ = one_lane(x, factor * r)
-        shift = one_lane(x, summand - m_rest * np.float64(slope_))
+        lane = (channel - c) % LANES
+        if lane == 0:
+            lanes = min(c + channels - channel, LANES)
+            factor, summand = channel_affine(p, a, n, channel, lanes)
+            slope_ = narrow(factor * r, zeros(x))
+            shift = narrow(fma(widen(slope_), -m_rest, summand), zeros(x))
+            store(slopes, 0, slope_)
+            store(shifts, 0, shift)
         xa, ya = n * p.x_n + channel * p.x_c + start, n * p.y_n + channel * p.y_c + start
         ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
-        done, streaming = 0, a.stream
-        if streaming:
-            head = min(elements_to_line(y, ya), length)
-            streaming = head < LANES
-            if 0 < head < LANES:
-                v = _forward_vector(x, residual, mask, act, xa, ra, ma, head, lane_m, slope_, shift)
-                store_first(y, ya, v, head)
-                done = head
-        while done + LANES <= length:
-            v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, lane_m, slope_, shift)
-            write(y, ya + done, v, streaming)
-            done += LANES
-        if done < length:
-            rest = length - done
-            v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, rest, lane_m, slope_, shift)
-            store_first(y, ya + done, v, rest)
+        if mask is None and p.flat:  # a position to a channel: lanes can be channels
+            if lane == 0:
+                store_first(y, ya, _forward_vector(x, residual, mask, act, xa, ra, ma, lanes, lane_m, slope_, shift),
+                            lanes)  # fmt: skip
+            continue
+        _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, a.stream, lane_m, load_one(slopes, lane),
+                     load_one(shifts, lane))  # fmt: skip
+
+
+@jitted
+def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, m, a, b):
+    """y of a run of one channel."""
+    done = 0
+    if streaming:
+        head = min(elements_to_line(y, ya), length)
+        streaming = head < LANES
+        if 0 < head < LANES:
+            store_first(y, ya, _forward_vector(x, residual, mask, act, xa, ra, ma, head, m, a, b), head)
+            done = head
+    while done + LANES <= length:
+        v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, m, a, b)
+        write(y, ya + done, v, streaming)
+        done += LANES
+    if done < length:
+        rest = length - done
+        v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, rest, m, a, b)
+        store_first(y, ya + done, v, rest)
 
 
 @jitted

@@ -3,7 +3,7 @@
 from groupnorm._engines.cpu.compiler import jitted
 from groupnorm._engines.cpu.groups import group_channels
 from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer, store_one
-from groupnorm._engines.cpu.statistics import chunk_moments, merge, moments_by_element, out_of_range
+from groupnorm._engines.cpu.statistics import merge, moments_by_element, out_of_range, run_moments
 
 __all__ = [
     "APPLY",
@@ -37,20 +37,12 @@ def unit_extent(p, g, unit):
 
 @jitted
 def unit_moments(p, x, mask, n, g, unit):
-    """Moments of a unit, chunk by chunk."""
+    """Moments of a unit."""
     c, channels, start, length = unit_extent(p, g, unit)
     at = n * p.x_n + c * p.x_c + start
-    mask_at = n * p.S + start
     if channels > 1 and mask is None and p.x_c == p.S:  # the unit's channels are one run
         length, channels = length * channels, 1
-    found = piece = (0.0, 0.0, 0.0, 0.0)
-    rows = min(p.chunk_rows, max(channels, 1))
-    for r in range(0, channels, rows):
-        for i in range(0, length, p.chunk):
-            piece = chunk_moments(x, mask, at + r * p.x_c + i, mask_at + i, min(rows, channels - r),
-                                  min(p.chunk, length - i), p.x_c, piece)  # fmt: skip
-            found = merge(found, piece)
-    return found
+    return run_moments(x, mask, at, n * p.S + start, channels, length, p.x_c, p.chunk_rows, p.chunk)
 
 
 @jitted

@@ -16,8 +16,8 @@ k2, k3 for backward.
 
 from groupnorm._engines.cpu.channels_last.backward import BACKWARD_PLANES, PLANES, backward_kernel
 from groupnorm._engines.cpu.channels_last.forward import FORWARD_PLANES, forward_kernel
-from groupnorm._engines.cpu.channels_last.moments import APPLY, BLOCK, MERGE, MOMENTS, SUMS
+from groupnorm._engines.cpu.channels_last.moments import APPLY, MERGE, MOMENTS, SUMS, TILE
 
-__all__ = ["APPLY", "BACKWARD_PLANES", "BLOCK", "FORWARD_PLANES", "MERGE", "MOMENTS", "PLANES", "SUMS",
+__all__ = ["APPLY", "BACKWARD_PLANES", "FORWARD_PLANES", "MERGE", "MOMENTS", "PLANES", "SUMS", "TILE",
 "backward_kernel",
            "forward_kernel"]  # fmt: skip

@@ -37,12 +37,11 @@ from groupnorm._engines.cpu.memory import (
     pointer,
     prefetch,
     store_first,
-    store_one,
     write,
     zeros,
 )  # fmt: skip
-from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
-from groupnorm._engines.cpu.simd import LANES, fma, select, widen
+from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at, sums_at
+from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
 from groupnorm._engines.cpu.statistics import is_real
 
 __all__ = ["BACKWARD_PLANES", "PLANES", "backward_kernel"]
@@ -95,7 +94,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
         c = c0
         while c < c1:
             plane = n * BACKWARD_PLANES * p.C + c
-            to = n * p.sum_n + unit * p.sum_part + c
+            to = sums_at(p, n, unit, 0) + c
             lanes = min(LANES, c1 - c)
             m0, r0, a0, b0 = _four(rows_, plane, p.C, lanes)
             p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
@@ -115,7 +114,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
                         q1 = fma(z1, h1, q1)
                         e0 += h0
                         e1 += h1
-                _add_sums(sums, to + LANES, p.sum_next, p1, q1, e1, start == first, LANES)
+                _add_sums(sums, to + LANES, p.C, p1, q1, e1, start == first, LANES)
                 c += LANES
             else:
                 for row in range(start, end):
@@ -125,7 +124,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
                         p0 += z0
                         q0 = fma(z0, h0, q0)
                         e0 += h0
-            _add_sums(sums, to, p.sum_next, p0, q0, e0, start == first, lanes)
+            _add_sums(sums, to, p.C, p0, q0, e0, start == first, lanes)
             c += LANES
 
 
@@ -154,12 +153,12 @@ def _backward_planes(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
         if first >= c1:
             break
         m, rest, r = _statistics(p, a, x, mask, mean, rstd, n, g, rows)
-        for c in range(first, last):
-            factor, summand = channel_affine(p, a, n, c)
-            store_one(rows_, at + c, one_lane(rows_, m))
-            store_one(rows_, at + p.C + c, one_lane(rows_, r))
-            store_one(rows_, at + 2 * p.C + c, one_lane(rows_, factor))
-            store_one(rows_, at + 3 * p.C + c, one_lane(rows_, summand - rest * r * factor))
+        for c in range(first, last, LANES):
+            factor, summand = channel_affine(p, a, n, c, last - c)
+            store_first(rows_, at + c, zeros(rows_) + one_lane(rows_, m), last - c)
+            store_first(rows_, at + p.C + c, zeros(rows_) + one_lane(rows_, r), last - c)
+            store_first(rows_, at + 2 * p.C + c, narrow(factor, zeros(rows_)), last - c)
+            store_first(rows_, at + 3 * p.C + c, narrow(fma(factor, -rest * r, summand), zeros(rows_)), last - c)
 
 
 @jitted
@@ -181,9 +180,9 @@ def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
             break
         m, _, r = _statistics(p, a, x, mask, mean, rstd, n, g, real_positions(p, mask, n))
         k2, k3 = close_sums(p, a, x, mask, n, g, m, r)
-        for c in range(first, last):
-            store_one(rows_, at + 4 * p.C + c, one_lane(rows_, k2))
-            store_one(rows_, at + 5 * p.C + c, one_lane(rows_, k3))
+        for c in range(first, last, LANES):
+            store_first(rows_, at + 4 * p.C + c, zeros(rows_) + one_lane(rows_, k2), last - c)
+            store_first(rows_, at + 5 * p.C + c, zeros(rows_) + one_lane(rows_, k3), last - c)
 
 
 @inlined

@@ -34,9 +34,10 @@ from groupnorm._engines.cpu.memory import (
     store_first,
     store_one,
     write,
+    zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
-from groupnorm._engines.cpu.simd import LANES, fma, select
+from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
 
 __all__ = ["FORWARD_PLANES", "forward_kernel"]
 
@@ -72,12 +73,13 @@ def _merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
             store_one(rstd, group, one_lane(rstd, r))
         if a.y != 0:
             at = n * FORWARD_PLANES * p.C
-            for c in range(first, last):
-                factor, summand = channel_affine(p, a, n, c)
-                slope_ = one_lane(rows_, factor * r)
-                store_one(rows_, at + c, one_lane(rows_, m))
-                store_one(rows_, at + p.C + c, slope_)
-                store_one(rows_, at + 2 * p.C + c, one_lane(rows_, summand - rest * np.float64(slope_)))
+            for c in range(first, last, LANES):
+                factor, summand = channel_affine(p, a, n, c, last - c)
+                slope_ = narrow(factor * r, zeros(rows_))
+                shift = narrow(fma(widen(slope_), -rest, summand), zeros(rows_))
+                store_first(rows_, at + c, zeros(rows_) + one_lane(rows_, m), last - c)
+                store_first(rows_, at + p.C + c, slope_, last - c)
+                store_first(rows_, at + 2 * p.C + c, shift, last - c)
 
 
 @inlined

@@ -4,22 +4,20 @@ import numpy as np
 
 from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.groups import group_channels
-from groupnorm._engines.cpu.memory import (
-    FLOAT64,
-    load,
-    load_first,
-    load_one,
-    pointer,
-    prefetch,
-    store_first,
-    zeros,
-)  # fmt: skip
-from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
-from groupnorm._engines.cpu.statistics import count_real, is_real, moments_by_element, out_of_range
+from groupnorm._engines.cpu.memory import FLOAT64, load, load_first, load_one, pointer, store_first, zeros
+from groupnorm._engines.cpu.simd import LANES, any_of, first_lanes, fma, narrow, select, total, widen
+from groupnorm._engines.cpu.statistics import (
+    FAR,
+    count_real,
+    fewer,
+    is_far,
+    is_real,
+    moments_by_element,
+    out_of_range,
+)
 
 __all__ = [
     "APPLY",
-    "BLOCK",
     "MERGE",
     "MOMENTS",
     "SUMS",
@@ -33,18 +31,112 @@ __all__ = [
 
 MOMENTS = SUMS = 1  # what a launch does first
 APPLY, MERGE = 2, 4
+SUMS_BLOCK = 8
 
-BLOCK = 64  # rows of a block: few enough for sums in float32 lanes, many enough for a merge in float64 to cost little
-SUMS_BLOCK = 8  # the same for the sums of backward, which are only added up
-TILE = 16  # rows that are written together, a strip of channels at a time, with the strip's numbers in registers
+TILE = 16  # rows that are taken together, a strip of channels at a time: each is a stream of its own to the machine
+STRIP = 4 * LANES  # channels of a strip
+
+
+@jitted
+def _strip_sums(x, mask, at, mask_at, rows, step, work, work_at, C):
+    """Add the sums of d and d*d of a strip of channels over the rows of a tile to work; pivots lie there already."""
+    m0, m1 = narrow(load(work, work_at), zeros(x)), narrow(load(work, work_at + LANES), zeros(x))
+    m2, m3 = narrow(load(work, work_at + 2 * LANES), zeros(x)), narrow(load(work, work_at + 3 * LANES), zeros(x))
+    s0 = s1 = s2 = s3 = q0 = q1 = q2 = q3 = zeros(x)
+    for r in range(rows):
+        if is_real(mask, mask_at + r):
+            j = at + r * step
+            d0 = load(x, j) - m0
+            d1 = load(x, j + LANES) - m1
+            d2 = load(x, j + 2 * LANES) - m2
+            d3 = load(x, j + 3 * LANES) - m3
+            s0 += d0
+            s1 += d1
+            s2 += d2
+            s3 += d3
+            q0 = fma(d0, d0, q0)
+            q1 = fma(d1, d1, q1)
+            q2 = fma(d2, d2, q2)
+            q3 = fma(d3, d3, q3)
+    _add_to(work, work_at + C, s0, q0, C, LANES)
+    _add_to(work, work_at + C + LANES, s1, q1, C, LANES)
+    _add_to(work, work_at + C + 2 * LANES, s2, q2, C, LANES)
+    _add_to(work, work_at + C + 3 * LANES, s3, q3, C, LANES)
+
+
+@jitted
+def _vector_sums(x, mask, at, mask_at, rows, step, work, work_at, C, lanes):
+    """The same for one vector, of which `lanes` channels are ours."""
+    m = narrow(load_first(work, work_at, lanes), zeros(x))
+    s = q = zeros(x)
+    for r in range(rows):
+        if is_real(mask, mask_at + r):
+            d = load_first(x, at + r * step, lanes) - m
+            s += d
+            q = fma(d, d, q)
+    _add_to(work, work_at + C, s, q, C, lanes)
 
 
 @inlined
-def _pivot(work, at, C, s, before, count, lanes):
-    """The pivot of a block: the mean of the unit so far, or of the block itself if there were not as many rows yet."""
-    if before >= count:
-        return narrow(load_first(work, at, lanes) + load_first(work, at + C, lanes), s)
-    return s / count
+def _add_to(work, at, s, q, C, lanes):
+    """Add to the planes s and q of some channels."""
+    store_first(work, at, load_first(work, at, lanes) + widen(s), lanes)
+    store_first(work, at + C, load_first(work, at + C, lanes) + widen(q), lanes)
+
+
+@jitted
+def _close_unit(work, at, C, count, c0, c1):
+    """From planes pivot, s, q of channels c0..c1 to pivot, offset, m2. Where a pivot is far from a mean, all become the
+    means and the sums start anew; returns whether any did.
+    """
+    again = False
+    for c in range(c0, c1, LANES):
+        lanes = c1 - c
+        s, q = load_first(work, at + C + c, lanes), load_first(work, at + 2 * C + c, lanes)
+        offset = s / count
+        m2 = fma(s, 0.0 - offset, q)
+        m2 = select(m2 < 0.0, 0.0, m2)
+        store_first(work, at + C + c, offset, lanes)
+        store_first(work, at + 2 * C + c, m2, lanes)
+        again |= any_of(is_far(offset, m2, count, FAR))
+    return again
+
+
+@jitted
+def unit_moments(p, a, x, mask, n, unit, c0, c1):
+    """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into work. The first real row is the
+    pivot; where that was far from the mean for some channel, see statistics.py, the rows are read again.
+    """
+    work = pointer(a.work, FLOAT64)
+    work_at = (n * p.units + unit) * 3 * p.C
+    first = unit * p.unit
+    last = min(first + p.unit, p.S)
+    count = _unit_count(p, mask, n, unit)
+    while first < last and not is_real(mask, n * p.S + first):
+        first += 1
+    for attempt in range(2):
+        for c in range(c0, c1, LANES):
+            lanes = c1 - c
+            pivot = widen(load_first(x, n * p.x_n + first * p.x_s + c, lanes))
+            if attempt == 1:
+                pivot = load_first(work, work_at + c, lanes) + load_first(work, work_at + p.C + c, lanes)
+                pivot = widen(narrow(pivot, zeros(x)))
+            store_first(work, work_at + c, pivot, lanes)
+            store_first(work, work_at + p.C + c, zeros(work), lanes)
+            store_first(work, work_at + 2 * p.C + c, zeros(work), lanes)
+        tile = TILE if attempt == 0 else fewer(x, TILE)
+        for row in range(first, last, tile):
+            rows = min(tile, last - row)
+            at, mask_at = n * p.x_n + row * p.x_s, n * p.S + row
+            c = c0
+            while c + STRIP <= c1:
+                _strip_sums(x, mask, at + c, mask_at, rows, p.x_s, work, work_at + c, p.C)
+                c += STRIP
+            while c < c1:
+                _vector_sums(x, mask, at + c, mask_at, rows, p.x_s, work, work_at + c, p.C, c1 - c)
+                c += LANES
+        if not _close_unit(work, work_at, p.C, max(count, 1.0), c0, c1):
+            break
 
 
 @inlined
@@ -62,65 +154,6 @@ def _merged(work, at, C, pivot, offset, m2, count, before, lanes):
 
 
 @jitted
-def _merge_block(work, at, C, m, s, q, count, before, lanes):
-    """Merge a block of `count` rows into the moments of a unit that has seen `before`: planes pivot, offset, m2."""
-    offset = widen(s) / count
-    m2 = fma(offset * offset, 0.0 - count, widen(q))
-    m2 = select(m2 < 0.0, 0.0, m2)
-    pivot = widen(m)
-    if before > 0.0:
-        pivot, offset, m2 = _merged(work, at, C, pivot, offset, m2, count, before, lanes)
-    store_first(work, at, pivot, lanes)
-    store_first(work, at + C, offset, lanes)
-    store_first(work, at + 2 * C, m2, lanes)
-
-
-@jitted
-def _block_two(x, mask, at, mask_at, rows, step, count, work, work_at, C, before):
-    """Moments of two vectors of channels over a block of rows, merged into work."""
-    s0 = s1 = zeros(x)
-    if before < count:
-        for r in range(rows):
-            if is_real(mask, mask_at + r):
-                j = at + r * step
-                s0 += load(x, j)
-                s1 += load(x, j + LANES)
-    m0 = _pivot(work, work_at, C, s0, before, count, LANES)
-    m1 = _pivot(work, work_at + LANES, C, s1, before, count, LANES)
-    s0 = s1 = q0 = q1 = zeros(x)
-    for r in range(rows):
-        if is_real(mask, mask_at + r):
-            j = at + r * step
-            prefetch(x, j + BLOCK * step)
-            prefetch(x, j + LANES + BLOCK * step)
-            d0, d1 = load(x, j) - m0, load(x, j + LANES) - m1
-            s0 += d0
-            s1 += d1
-            q0 = fma(d0, d0, q0)
-            q1 = fma(d1, d1, q1)
-    _merge_block(work, work_at, C, m0, s0, q0, count, before, LANES)
-    _merge_block(work, work_at + LANES, C, m1, s1, q1, count, before, LANES)
-
-
-@jitted
-def _block_one(x, mask, at, mask_at, rows, step, count, work, work_at, C, before, lanes):
-    """The same for one vector, of which `lanes` channels are ours."""
-    s0 = zeros(x)
-    if before < count:
-        for r in range(rows):
-            if is_real(mask, mask_at + r):
-                s0 += load_first(x, at + r * step, lanes)
-    m = _pivot(work, work_at, C, s0, before, count, lanes)
-    s0 = q0 = zeros(x)
-    for r in range(rows):
-        if is_real(mask, mask_at + r):
-            d = load_first(x, at + r * step, lanes) - m
-            s0 += d
-            q0 = fma(d, d, q0)
-    _merge_block(work, work_at, C, m, s0, q0, count, before, lanes)
-
-
-@jitted
 def _unit_count(p, mask, n, unit):
     """Real rows of a unit."""
     first = unit * p.unit
@@ -128,34 +161,6 @@ def _unit_count(p, mask, n, unit):
     if mask is None:
         return np.float64(rows)
     return count_real(mask, n * p.S + first, rows)
-
-
-@jitted
-def unit_moments(p, a, x, mask, n, unit, c0, c1):
-    """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into work."""
-    work = pointer(a.work, FLOAT64)
-    work_at = (n * p.units + unit) * 3 * p.C
-    first = unit * p.unit
-    last = min(first + p.unit, p.S)
-    before = 0.0
-    for row in range(first, last, p.chunk):
-        rows = min(p.chunk, last - row)
-        count = np.float64(rows)
-        if mask is not None:
-            count = count_real(mask, n * p.S + row, rows)
-        if count == 0.0:
-            continue
-        at = n * p.x_n + row * p.x_s
-        c = c0
-        while c + 2 * LANES <= c1:
-            _block_two(x, mask, at + c, n * p.S + row, rows, p.x_s, count, work, work_at + c, p.C, before)
-            c += 2 * LANES
-        while c < c1:
-            _block_one(x, mask, at + c, n * p.S + row, rows, p.x_s, count, work, work_at + c, p.C,
-            before,
-                       min(LANES, c1 - c))  # fmt: skip
-            c += LANES
-        before += count
 
 
 @jitted
@@ -184,23 +189,27 @@ def merge_units(p, a, x, mask, n, c0, c1):
 
 @jitted
 def group_moments(p, a, x, mask, n, g, rows):
-    """Moments (count, pivot, offset, m2) of group g from those of its channels, which all have `rows` elements."""
+    """Moments (count, pivot, offset, m2) of group g from those of its channels, which all have `rows` elements.
+
+    The mean of the first channel is the pivot. It cannot be far from the group's mean: with D channels the square of
+    its distance is part of the variance, divided by D.
+    """
     if rows == 0.0:
         return 0.0, 0.0, 0.0, 0.0
     work = pointer(a.work, FLOAT64)
     at = n * p.units * 3 * p.C
     first, last = group_channels(p, g)
     pivot = load_one(work, at + first)
-    s = 0.0
-    for c in range(first, last):
-        s += (load_one(work, at + c) - pivot) + load_one(work, at + p.C + c)
-    offset = s / (last - first)
-    m2 = s = 0.0
-    for c in range(first, last):
-        d = (load_one(work, at + c) - pivot) + load_one(work, at + p.C + c) - offset
+    s = q = zeros(work)
+    for c in range(first, last, LANES):
+        lanes = last - c
+        d = (load_first(work, at + c, lanes) - pivot) + load_first(work, at + p.C + c, lanes)
+        d = select(first_lanes(lanes), d, 0.0)
         s += d
-        m2 += load_one(work, at + 2 * p.C + c) + rows * d * d
-    offset += s / (last - first)
+        q += fma(d * rows, d, load_first(work, at + 2 * p.C + c, lanes))
+    sum_d = total(s)
+    offset = sum_d / (last - first)
+    m2 = max(total(q) - offset * sum_d * rows, 0.0)
     count = rows * (last - first)
     if out_of_range(x, m2, count, p.eps):
         return moments_by_element(x, mask, n * p.x_n + first, n * p.S, last - first, 1, p.S, p.x_s)
