@@ -125,9 +125,9 @@ def _last(p: Problem, num_threads: int) -> Plan:
     block = channels_last.TILE
     unit = max(1, _UNIT_LAST // p.C // block) * block
     units = -(-p.S // unit)
-    slab = _slab(p)
-    cut = {"unit": unit, "units": units, "parts": units, "slab": slab}  # fmt: skip
     threads = _threads(p, num_threads)
+    slab = _slab(p, threads)
+    cut = {"unit": unit, "units": units, "parts": units, "slab": slab}
     slabs = p.N * max(p.C // slab, 1)
     whole = _balanced(slabs, threads)
     reasons = [f"{slabs} slabs of {slab} channels for {threads} threads"]
@@ -217,14 +217,16 @@ def _per_task(pieces: int, elements: int, threads: int) -> int:
     return max(1, min(worth, -(-pieces // (_TASKS_PER_THREAD * threads)))) if threads > 1 else pieces
 
 
-def _slab(p: Problem) -> int:
-    """Channels of a slab: whole groups and whole vectors, as many as keep the slab's data in the L2 cache; all where no
-    slab fits or where the last group is larger than the others.
+def _slab(p: Problem, threads: int) -> int:
+    """Channels of a slab: all where a sample stays in a thread's share of the L3 cache, since whole rows are read from
+    memory faster than strips of them; else whole groups and whole vectors, as many as stay in the L2 cache; all where
+    no slab fits or where the last group is larger than the others.
     """
     arrays = 2 if p.task == "backward" else 1
     smallest = int(np.lcm(p.D, _SLAB // p.itemsize))
     bytes_of_channel = p.S * p.itemsize * arrays
-    if p.uneven or p.C % smallest or smallest * bytes_of_channel > CACHES.l2:
+    in_l3 = p.C * bytes_of_channel * threads * 2 <= CACHES.l3
+    if in_l3 or p.uneven or p.C % smallest or smallest * bytes_of_channel > CACHES.l2:
         return p.C
     slab = smallest
     while p.C % (slab * 2) == 0 and slab * 2 * bytes_of_channel <= CACHES.l2:

@@ -110,7 +110,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
 
 @jitted
 def _run_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, r, a, b, s_h):
-    """The sums of dz and dz*xhat over a run of one channel, and s_h with xhat added; lanes over chunks, then float64."""
+    """The sums of dz and dz*xhat over a run of a channel, and s_h with xhat added; lanes over chunks, then float64."""
     s_dz = s_dzh = 0.0
     for i in range(0, length, SUMS_CHUNK):
         end = min(i + SUMS_CHUNK, length)
@@ -254,8 +254,9 @@ def backward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
         p, a = plan_at(plan), call_at(call)
         _backward(
             p, a, pointer(a.x, element), pointer(a.dy, element), pointer(a.dx, element),
-            pointer(a.dresidual, residual_element), pointer(a.residual, residual_element), pointer(a.mask,
-            mask_element), activation(act), pointer(a.mean, stats_element), pointer(a.rstd, stats_element), task,
+            pointer(a.dresidual, residual_element), pointer(a.residual, residual_element),
+            pointer(a.mask, mask_element), activation(act, element), pointer(a.mean, stats_element),
+            pointer(a.rstd, stats_element), task,
         )  # fmt: skip
 
     return compiled(kernel, f"first_backward_{element}_{act}_{residual:d}_{mask:d}")

@@ -170,7 +170,7 @@ def forward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
         p, a = plan_at(plan), call_at(call)
         _forward(
             p, a, pointer(a.x, element), pointer(a.y, element), pointer(a.residual, residual_element),
-            pointer(a.mask, mask_element), activation(act), pointer(a.mean, stats_element), pointer(a.rstd,
+            pointer(a.mask, mask_element), activation(act, element), pointer(a.mean, stats_element), pointer(a.rstd,
             stats_element), task,
         )  # fmt: skip
 

@@ -4,11 +4,12 @@ from functools import cache
 from typing import Any
 
 from groupnorm._engines.cpu.channels_last.moments import (
+    AHEAD,
     APPLY,
     MERGE,
     SUMS,
-    SUMS_BLOCK,
     TILE,
+    WRITTEN,
     group_moments,
     merge_units,
     slab_channels,
@@ -89,8 +90,8 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
     sums = pointer(a.sums, FLOAT64)
     first = unit * p.unit
     last = min(first + p.unit, p.S)
-    for start in range(first, last, SUMS_BLOCK):
-        end = min(start + SUMS_BLOCK, last)
+    for start in range(first, last, TILE):
+        end = min(start + TILE, last)
         c = c0
         while c < c1:
             plane = n * BACKWARD_PLANES * p.C + c
@@ -104,7 +105,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
                 for row in range(start, end):
                     if is_real(mask, n * p.S + row):
                         at = n * p.x_n + row * p.x_s + c
-                        _fetch_two(p, x, dy, n, row + SUMS_BLOCK, c)
+                        _fetch_two(p, x, dy, n, row + AHEAD, c)
                         h0, h1 = (load(x, at) - m0) * r0, (load(x, at + LANES) - m1) * r1
                         z0 = _dz_vector(p, dy, residual, act, h0, n, row, c, a0, b0, LANES)
                         z1 = _dz_vector(p, dy, residual, act, h1, n, row, c + LANES, a1, b1, LANES)
@@ -201,11 +202,10 @@ def _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m, r, a, b, 
 
 @jitted
 def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, first, last, c0, c1):
-    """dx of channels c0..c1 of rows first..last, in tiles, the last tile first: it is still in cache."""
+    """dx of channels c0..c1 of rows first..last, in tiles."""
     streaming = a.stream != 0 and elements_to_line(dx, n * p.dx_n + c0) == 0 and p.dx_s % LANES == 0
-    end = last
-    while end > first:
-        start = max(end - TILE, first)
+    for start in range(first, last, WRITTEN):
+        end = min(start + WRITTEN, last)
         c = c0
         while c < c1:
             plane = n * BACKWARD_PLANES * p.C + c
@@ -218,7 +218,7 @@ def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, fi
                 s1, t1 = load(rows_, plane + 4 * p.C), load(rows_, plane + 5 * p.C)
                 for row in range(start, end):
                     at = n * p.dx_n + row * p.dx_s + c
-                    _fetch_two(p, x, dy, n, row - TILE, c)
+                    _fetch_two(p, x, dy, n, row + AHEAD, c)
                     v0 = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, r0, a0, b0, s0, t0, LANES)
                     v1 = _dx_vector(
                         p, x, dy, dresidual, residual, mask, act, n, row, c + LANES, m1, r1, a1, b1, s1, t1, LANES
@@ -231,7 +231,6 @@ def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, fi
                     v0 = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, r0, a0, b0, s0, t0, lanes)
                     store_first(dx, n * p.dx_n + row * p.dx_s + c, v0, lanes)
                 c += LANES
-        end = start
 
 
 @merged
@@ -247,7 +246,9 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_
         for unit in range(p.units):
             _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1)
         _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1)
-        _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, 0, p.S, c0, c1)
+        for unit in range(p.units - 1, -1, -1):  # the unit read last is the one that is still in cache
+            last = min((unit + 1) * p.unit, p.S)
+            _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, unit * p.unit, last, c0, c1)
     elif p.phase == PLANES:
         _backward_planes(p, a, x, mask, mean, rstd, rows_, task, 0, p.C)
     elif p.phase == MERGE:
@@ -276,7 +277,7 @@ def backward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
         _backward(
             p, a, pointer(a.x, element), pointer(a.dy, element), pointer(a.dx, element),
             pointer(a.dresidual, residual_element), pointer(a.residual, residual_element), pointer(a.mask,
-            mask_element), activation(act), pointer(a.mean, lane_element), pointer(a.rstd, lane_element),
+            mask_element), activation(act, element), pointer(a.mean, lane_element), pointer(a.rstd, lane_element),
             pointer(a.rows, lane_element), task,
         )  # fmt: skip
 

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from groupnorm._engines.cpu.channels_last.moments import (
+    AHEAD,
     APPLY,
     MERGE,
     MOMENTS,
-    TILE,
+    WRITTEN,
     group_moments,
     merge_units,
     slab_channels,
@@ -97,11 +98,10 @@ def _forward_vector(p, x, residual, mask, act, n, row, c, m, a, b, lanes):
 
 @jitted
 def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, first, last, c0, c1):
-    """y of channels c0..c1 of rows first..last, in tiles, the last tile first: it is the one that is still in cache."""
+    """y of channels c0..c1 of rows first..last, in tiles."""
     streaming = a.stream != 0 and elements_to_line(y, n * p.y_n + c0) == 0 and p.y_s % LANES == 0
-    end = last
-    while end > first:
-        start = max(end - TILE, first)
+    for start in range(first, last, WRITTEN):
+        end = min(start + WRITTEN, last)
         c = c0
         while c < c1:
             plane = n * FORWARD_PLANES * p.C + c
@@ -113,8 +113,8 @@ def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, first, last, c0, c1
                 m1, a1, b1 = load(rows_, plane), load(rows_, plane + p.C), load(rows_, plane + 2 * p.C)
                 for row in range(start, end):
                     at = n * p.y_n + row * p.y_s + c
-                    prefetch(x, n * p.x_n + (row - TILE) * p.x_s + c)
-                    prefetch(x, n * p.x_n + (row - TILE) * p.x_s + c + LANES)
+                    prefetch(x, n * p.x_n + (row + AHEAD) * p.x_s + c)
+                    prefetch(x, n * p.x_n + (row + AHEAD) * p.x_s + c + LANES)
                     v0 = _forward_vector(p, x, residual, mask, act, n, row, c, m0, a0, b0, LANES)
                     v1 = _forward_vector(p, x, residual, mask, act, n, row, c + LANES, m1, a1, b1, LANES)
                     write(y, at, v0, streaming)
@@ -125,7 +125,6 @@ def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, first, last, c0, c1
                     v0 = _forward_vector(p, x, residual, mask, act, n, row, c, m0, a0, b0, lanes)
                     store_first(y, n * p.y_n + row * p.y_s + c, v0, lanes)
                 c += LANES
-        end = start
 
 
 @merged
@@ -139,7 +138,9 @@ def _forward(p, a, x, y, residual, mask, act, mean, rstd, rows_, task):
                 unit_moments(p, a, x, mask, n, unit, c0, c1)
         _merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1)
         if a.y != 0:
-            _forward_rows(p, a, x, y, residual, mask, act, rows_, n, 0, p.S, c0, c1)
+            for unit in range(p.units - 1, -1, -1):  # the unit read last is the one that is still in cache
+                last = min((unit + 1) * p.unit, p.S)
+                _forward_rows(p, a, x, y, residual, mask, act, rows_, n, unit * p.unit, last, c0, c1)
     elif p.phase == MERGE:
         _merge(p, a, x, mask, mean, rstd, rows_, task, 0, p.C)
     else:
@@ -165,7 +166,7 @@ def forward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
         p, a = plan_at(plan), call_at(call)
         _forward(
             p, a, pointer(a.x, element), pointer(a.y, element), pointer(a.residual, residual_element),
-            pointer(a.mask, mask_element), activation(act), pointer(a.mean, lane_element), pointer(a.rstd,
+            pointer(a.mask, mask_element), activation(act, element), pointer(a.mean, lane_element), pointer(a.rstd,
             lane_element), pointer(a.rows, lane_element), task,
         )  # fmt: skip
 
