@@ -92,14 +92,24 @@ def _first(p: Problem, num_threads: int) -> Plan:
     threads = _threads(p, num_threads)
     groups = p.N * p.G
     whole = _balanced(groups, threads)
+    backward = p.task == "backward"
+    arrays = 2 if p.task == "backward" else 1
+    in_cache = (
+        3 * arrays * last_channels * p.S * p.itemsize <= CACHES.l2
+    )  # this group, the next one, and what is written
+    cut["ahead"] = p.D if whole and in_cache else 0
     reasons = [f"{groups} groups of {last_channels * p.S} elements for {threads} threads"]
     per_group = p.D * p.S
     groups_per_task = _per_task(groups, per_group, threads)
+    # While an activation is computed memory is idle, and the next group is fetched; else that would be in the way.
+    arrays = 2 if backward else 1
+    if whole and p.activation and 3 * arrays * last_channels * p.S * p.itemsize <= CACHES.l2:
+        cut["ahead"] = p.D
+        groups_per_task = max(1, groups // (_TASKS_PER_THREAD * threads))
     units_per_task = _per_task(groups * units, max(per_group // units, 1), threads)
     maker = _Maker(p, cut, channels_first)
     by_group = (-(-groups // groups_per_task), groups_per_task * units)
     by_unit = (-(-groups * units // units_per_task), units_per_task)
-    backward = p.task == "backward"
     both = channels_first.MOMENTS + channels_first.MERGE + channels_first.APPLY
     if whole:
         reasons.append("groups keep all threads busy: each is taken through all phases while it is in cache")

@@ -43,6 +43,7 @@ PLAN = np.dtype(
         "phase",  # what this launch does, a sum of the phases of the kernel's file
         "unit", "units", "per_task", "parts", "slab",  # how the work is cut, see the kernel's file
         "part", "chunk_rows",  # channels first: positions of a part, channels of a chunk
+        "ahead",  # channels first: with an activation, how many channels further on memory is asked for
         "flat",  # channels first: 1 if every channel has one position, and its channels are neighbours
         "chunk",  # channels first: elements whose moments are taken while they are in the L1 cache
         "stats",  # 1: statistics are given, moments for forward, mean and rstd for backward; FROM_MOMENTS

@@ -18,6 +18,7 @@ from groupnorm._engines.cpu.memory import (
     load_one,
     one_lane,
     pointer,
+    prefetch,
     scratch,
     store,
     store_first,
@@ -169,14 +170,37 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
                                shift, k1, lane_k2, lane_k3)  # fmt: skip
                 store_first(dx, da, v, lanes)
             continue
-        _backward_run(x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, a.stream, lane_m,
-                      lane_r, load_one(slopes, lane), load_one(shifts, lane), load_one(factors, lane), lane_k2,
-                      lane_k3)  # fmt: skip
+        _backward_run(x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, a.stream,
+                      p.ahead * p.x_c, p.ahead * p.dy_c, lane_m, lane_r, load_one(slopes, lane), load_one(shifts, lane),
+                      load_one(factors, lane), lane_k2, lane_k3)  # fmt: skip
 
 
 @jitted
 def _backward_run(
-    x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, streaming, m, r, a, b, k1, k2, k3
+    x,
+    dy,
+    dx,
+    dresidual,
+    residual,
+    mask,
+    act,
+    xa,
+    ya,
+    da,
+    sa,
+    ra,
+    ma,
+    length,
+    streaming,
+    ahead_x,
+    ahead_dy,
+    m,
+    r,
+    a,
+    b,
+    k1,
+    k2,
+    k3,
 ):
     """dx of a run of one channel."""
     done = 0
@@ -188,6 +212,9 @@ def _backward_run(
             store_first(dx, da, v, head)
             done = head
     while done + LANES <= length:
+        if act is not None:
+            prefetch(x, xa + done + ahead_x)
+            prefetch(dy, ya + done + ahead_dy)
         v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
                        LANES, m, r, a, b, k1, k2, k3)  # fmt: skip
         write(dx, da + done, v, streaming)

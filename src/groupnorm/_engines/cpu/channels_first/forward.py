@@ -28,6 +28,7 @@ from groupnorm._engines.cpu.memory import (
     load_one,
     one_lane,
     pointer,
+    prefetch,
     scratch,
     store,
     store_first,
@@ -76,12 +77,12 @@ def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
                 store_first(y, ya, _forward_vector(x, residual, mask, act, xa, ra, ma, lanes, lane_m, slope_, shift),
                             lanes)  # fmt: skip
             continue
-        _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, a.stream, lane_m, load_one(slopes, lane),
-                     load_one(shifts, lane))  # fmt: skip
+        _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, a.stream, p.ahead * p.x_c, lane_m,
+                     load_one(slopes, lane), load_one(shifts, lane))  # fmt: skip
 
 
 @jitted
-def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, m, a, b):
+def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, ahead, m, a, b):
     """y of a run of one channel."""
     done = 0
     if streaming:
@@ -91,6 +92,8 @@ def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, m
             store_first(y, ya, _forward_vector(x, residual, mask, act, xa, ra, ma, head, m, a, b), head)
             done = head
     while done + LANES <= length:
+        if act is not None:
+            prefetch(x, xa + done + ahead)
         v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, m, a, b)
         write(y, ya + done, v, streaming)
         done += LANES
