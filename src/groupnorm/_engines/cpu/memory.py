@@ -110,6 +110,16 @@ def address_of(typingctx: Any, p: Any, index: Any) -> Any:
 
 
 @intrinsic
+def shifted(typingctx: Any, p: Any, index: Any) -> Any:
+    """The elements from index on."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.add(args[0], builder.mul(args[1], I64(_BYTES[p.element])))
+
+    return p(p, types.int64), lower
+
+
+@intrinsic
 def element_size(typingctx: Any, p: Any) -> Any:
     """Bytes of an element."""
     return types.int64(p), lambda context, builder, sig, args: I64(_BYTES[p.element])

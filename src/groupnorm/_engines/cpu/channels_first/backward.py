@@ -82,29 +82,30 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
     part = unit % p.parts
     of_dz, of_dzh, of_h = sums_at(p, n, part, 0), sums_at(p, n, part, 1), sums_at(p, n, part, 2)
     s_h = widen(zeros(x))
-    for channel in range(c, c + channels):
-        lane = (channel - c) % LANES
-        if lane == 0:
-            lanes = min(c + channels - channel, LANES)
-            factor, summand = channel_affine(p, a, n, channel, lanes)
-            slope_, shift = narrow(factor, zeros(x)), narrow(fma(factor, -rest * r, summand), zeros(x))
-            store(slopes, 0, slope_)
-            store(shifts, 0, shift)
-            store_first(sums, of_h + channel, zeros(sums), lanes)
-        xa, ya = n * p.x_n + channel * p.x_c + start, n * p.dy_n + channel * p.dy_c + start
-        ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
-        if mask is None and p.flat:  # a position to a channel: lanes can be channels
-            if lane == 0:
-                h = _xhat(x, mask, xa, ma, lanes, lane_m, lane_r)
-                dz = _dz_vector(h, dy, residual, mask, act, ya, ra, ma, lanes, slope_, shift)
-                store_first(sums, of_dz + channel, widen(dz), lanes)
-                store_first(sums, of_dzh + channel, widen(dz * h), lanes)
-                s_h += widen(h)
+    x_c, dy_c, residual_c, flat = p.x_c, p.dy_c, p.residual_c, p.flat  # read once, see forward.py
+    xa, ya = n * p.x_n + c * x_c + start, n * p.dy_n + c * dy_c + start
+    ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
+    for first in range(c, c + channels, LANES):
+        lanes = min(c + channels - first, LANES)
+        factor, summand = channel_affine(p, a, n, first, lanes)
+        slope_, shift = narrow(factor, zeros(x)), narrow(fma(factor, -rest * r, summand), zeros(x))
+        store_first(sums, of_h + first, zeros(sums), lanes)
+        if mask is None and flat:  # a position to a channel: lanes can be channels
+            h = _xhat(x, mask, xa, ma, lanes, lane_m, lane_r)
+            dz = _dz_vector(h, dy, residual, mask, act, ya, ra, ma, lanes, slope_, shift)
+            store_first(sums, of_dz + first, widen(dz), lanes)
+            store_first(sums, of_dzh + first, widen(dz * h), lanes)
+            s_h += widen(h)
+            xa, ya, ra = xa + LANES, ya + LANES, ra + LANES
             continue
-        s_dz, s_dzh, s_h = _run_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, lane_m, lane_r,
-                                     load_one(slopes, lane), load_one(shifts, lane), s_h)  # fmt: skip
-        store_one(sums, of_dz + channel, s_dz)
-        store_one(sums, of_dzh + channel, s_dzh)
+        store(slopes, 0, slope_)
+        store(shifts, 0, shift)
+        for lane in range(lanes):
+            s_dz, s_dzh, s_h = _run_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, lane_m, lane_r,
+                                         load_one(slopes, lane), load_one(shifts, lane), s_h)  # fmt: skip
+            store_one(sums, of_dz + first + lane, s_dz)
+            store_one(sums, of_dzh + first + lane, s_dzh)
+            xa, ya, ra = xa + x_c, ya + dy_c, ra + residual_c
     if channels > 0:
         store_one(sums, of_h + c, total(s_h))
 
@@ -151,28 +152,30 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
     lane_m, lane_r = one_lane(x, m), one_lane(x, r)
     lane_k2, lane_k3 = one_lane(x, k2), one_lane(x, k3)
     slopes, shifts, factors = scratch(x), scratch(x), scratch(x)
-    for channel in range(c, c + channels):
-        lane = (channel - c) % LANES
-        if lane == 0:
-            lanes = min(c + channels - channel, LANES)
-            factor, summand = channel_affine(p, a, n, channel, lanes)
-            slope_, shift = narrow(factor, zeros(x)), narrow(fma(factor, -rest * r, summand), zeros(x))
-            k1 = narrow(factor * r, zeros(x))
-            store(slopes, 0, slope_)
-            store(shifts, 0, shift)
-            store(factors, 0, k1)
-        xa, ya = n * p.x_n + channel * p.x_c + start, n * p.dy_n + channel * p.dy_c + start
-        da, sa = n * p.dx_n + channel * p.dx_c + start, n * p.dresidual_n + channel * p.dresidual_c + start
-        ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
-        if mask is None and p.flat:
-            if lane == 0:
-                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, lanes, lane_m, lane_r, slope_,
-                               shift, k1, lane_k2, lane_k3)  # fmt: skip
-                store_first(dx, da, v, lanes)
+    x_c, dy_c, dx_c, residual_c, dresidual_c = p.x_c, p.dy_c, p.dx_c, p.residual_c, p.dresidual_c
+    ahead_x, ahead_dy, streaming, flat = p.ahead * x_c, p.ahead * dy_c, a.stream, p.flat
+    xa, ya = n * p.x_n + c * x_c + start, n * p.dy_n + c * dy_c + start
+    da, sa = n * p.dx_n + c * dx_c + start, n * p.dresidual_n + c * dresidual_c + start
+    ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
+    for first in range(c, c + channels, LANES):
+        lanes = min(c + channels - first, LANES)
+        factor, summand = channel_affine(p, a, n, first, lanes)
+        slope_, shift = narrow(factor, zeros(x)), narrow(fma(factor, -rest * r, summand), zeros(x))
+        k1 = narrow(factor * r, zeros(x))
+        if mask is None and flat:
+            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, lanes, lane_m, lane_r, slope_,
+                           shift, k1, lane_k2, lane_k3)  # fmt: skip
+            store_first(dx, da, v, lanes)
+            xa, ya, da, sa, ra = xa + LANES, ya + LANES, da + LANES, sa + LANES, ra + LANES
             continue
-        _backward_run(x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, a.stream,
-                      p.ahead * p.x_c, p.ahead * p.dy_c, lane_m, lane_r, load_one(slopes, lane), load_one(shifts, lane),
-                      load_one(factors, lane), lane_k2, lane_k3)  # fmt: skip
+        store(slopes, 0, slope_)
+        store(shifts, 0, shift)
+        store(factors, 0, k1)
+        for lane in range(lanes):
+            _backward_run(x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, streaming, ahead_x,
+                          ahead_dy, lane_m, lane_r, load_one(slopes, lane), load_one(shifts, lane),
+                          load_one(factors, lane), lane_k2, lane_k3)  # fmt: skip
+            xa, ya, da, sa, ra = xa + x_c, ya + dy_c, da + dx_c, sa + dresidual_c, ra + residual_c
 
 
 @jitted

@@ -61,24 +61,26 @@ def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
     c, channels, start, length = unit_extent(p, g, unit)
     lane_m = one_lane(x, m)
     slopes, shifts = scratch(x), scratch(x)
-    for channel in range(c, c + channels):
-        lane = (channel - c) % LANES
-        if lane == 0:
-            lanes = min(c + channels - channel, LANES)
-            factor, summand = channel_affine(p, a, n, channel, lanes)
-            slope_ = narrow(factor * r, zeros(x))
-            shift = narrow(fma(widen(slope_), -m_rest, summand), zeros(x))
-            store(slopes, 0, slope_)
-            store(shifts, 0, shift)
-        xa, ya = n * p.x_n + channel * p.x_c + start, n * p.y_n + channel * p.y_c + start
-        ra, ma = n * p.residual_n + channel * p.residual_c + start, n * p.S + start
-        if mask is None and p.flat:  # a position to a channel: lanes can be channels
-            if lane == 0:
-                store_first(y, ya, _forward_vector(x, residual, mask, act, xa, ra, ma, lanes, lane_m, slope_, shift),
-                            lanes)  # fmt: skip
+    # Read once: after each store the compiler would read a record's fields again, a third of the time of 64 positions.
+    x_c, y_c, residual_c, ahead, streaming, flat = p.x_c, p.y_c, p.residual_c, p.ahead * p.x_c, a.stream, p.flat
+    xa, ya = n * p.x_n + c * x_c + start, n * p.y_n + c * y_c + start
+    ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
+    for first in range(c, c + channels, LANES):
+        lanes = min(c + channels - first, LANES)
+        factor, summand = channel_affine(p, a, n, first, lanes)
+        slope_ = narrow(factor * r, zeros(x))
+        shift = narrow(fma(widen(slope_), -m_rest, summand), zeros(x))
+        if mask is None and flat:  # a position to a channel: lanes can be channels
+            v = _forward_vector(x, residual, mask, act, xa, ra, ma, lanes, lane_m, slope_, shift)
+            store_first(y, ya, v, lanes)
+            xa, ya, ra = xa + LANES, ya + LANES, ra + LANES
             continue
-        _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, a.stream, p.ahead * p.x_c, lane_m,
-                     load_one(slopes, lane), load_one(shifts, lane))  # fmt: skip
+        store(slopes, 0, slope_)
+        store(shifts, 0, shift)
+        for lane in range(lanes):
+            _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, ahead, lane_m,
+                         load_one(slopes, lane), load_one(shifts, lane))  # fmt: skip
+            xa, ya, ra = xa + x_c, ya + y_c, ra + residual_c
 
 
 @jitted

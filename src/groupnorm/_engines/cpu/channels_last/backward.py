@@ -9,7 +9,6 @@ from groupnorm._engines.cpu.channels_last.moments import (
     MERGE,
     SUMS,
     TILE,
-    WRITTEN,
     group_moments,
     merge_units,
     slab_channels,
@@ -37,6 +36,7 @@ from groupnorm._engines.cpu.memory import (
     one_lane,
     pointer,
     prefetch,
+    shifted,
     store_first,
     write,
     zeros,
@@ -187,8 +187,11 @@ def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
 
 
 @inlined
-def _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m, r, a, b, k2, k3, lanes):
+def _dx_vector(p, x, dy, dresidual, residual, mask, act, planes, n, row, c, lanes):
     """dx of up to LANES channels of a row, equation (14) as dz*a*r + xhat*k2 + k3; writes dresidual on the way."""
+    m, r = load_first(planes, c, lanes), load_first(planes, p.C + c, lanes)
+    a, b = load_first(planes, 2 * p.C + c, lanes), load_first(planes, 3 * p.C + c, lanes)
+    k2, k3 = load_first(planes, 4 * p.C + c, lanes), load_first(planes, 5 * p.C + c, lanes)
     h = (load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m) * r
     dz = _dz_vector(p, dy, residual, act, h, n, row, c, a, b, lanes)
     dx = fma(dz, a * r, fma(h, k2, k3))
@@ -202,35 +205,18 @@ def _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m, r, a, b, 
 
 @jitted
 def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, first, last, c0, c1):
-    """dx of channels c0..c1 of rows first..last, in tiles."""
+    """dx of channels c0..c1 of rows first..last, in the order of memory."""
     streaming = a.stream != 0 and elements_to_line(dx, n * p.dx_n + c0) == 0 and p.dx_s % LANES == 0
-    for start in range(first, last, WRITTEN):
-        end = min(start + WRITTEN, last)
+    planes = shifted(rows_, n * BACKWARD_PLANES * p.C)
+    for row in range(first, last):
         c = c0
-        while c < c1:
-            plane = n * BACKWARD_PLANES * p.C + c
-            lanes = min(LANES, c1 - c)
-            m0, r0, a0, b0 = _four(rows_, plane, p.C, lanes)
-            s0, t0 = load_first(rows_, plane + 4 * p.C, lanes), load_first(rows_, plane + 5 * p.C, lanes)
-            if c + 2 * LANES <= c1:
-                plane += LANES
-                m1, r1, a1, b1 = _four(rows_, plane, p.C, LANES)
-                s1, t1 = load(rows_, plane + 4 * p.C), load(rows_, plane + 5 * p.C)
-                for row in range(start, end):
-                    at = n * p.dx_n + row * p.dx_s + c
-                    _fetch_two(p, x, dy, n, row + AHEAD, c)
-                    v0 = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, r0, a0, b0, s0, t0, LANES)
-                    v1 = _dx_vector(
-                        p, x, dy, dresidual, residual, mask, act, n, row, c + LANES, m1, r1, a1, b1, s1, t1, LANES
-                    )
-                    write(dx, at, v0, streaming)
-                    write(dx, at + LANES, v1, streaming)
-                c += 2 * LANES
-            else:
-                for row in range(start, end):
-                    v0 = _dx_vector(p, x, dy, dresidual, residual, mask, act, n, row, c, m0, r0, a0, b0, s0, t0, lanes)
-                    store_first(dx, n * p.dx_n + row * p.dx_s + c, v0, lanes)
-                c += LANES
+        while c + LANES <= c1:
+            v = _dx_vector(p, x, dy, dresidual, residual, mask, act, planes, n, row, c, LANES)
+            write(dx, n * p.dx_n + row * p.dx_s + c, v, streaming)
+            c += LANES
+        if c < c1:
+            v = _dx_vector(p, x, dy, dresidual, residual, mask, act, planes, n, row, c, c1 - c)
+            store_first(dx, n * p.dx_n + row * p.dx_s + c, v, c1 - c)
 
 
 @merged
