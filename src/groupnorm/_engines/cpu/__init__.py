@@ -42,8 +42,7 @@ def forward(
     arrays = (x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, None, None, None, None, None, None,
               None, work, None, rows)  # fmt: skip
     stream = plan.stream and not buffers.first_write(y)
-    for launch in plan.launches:
-        POOL.run(launch.address, arrays, stream, launch.threads)
+    POOL.run(plan.launches[0].address, arrays, stream, plan.threads)
 
 
 def backward(
@@ -61,11 +60,9 @@ def backward(
     work = np.empty(plan.work) if plan.work else None
     rows = np.empty(plan.rows) if plan.rows else None
     arrays = (x, None, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias, dscale,
-    dshift,
-              dresidual, work, np.empty(plan.sums), rows)  # fmt: skip
+              dshift, dresidual, work, np.empty(plan.sums), rows)  # fmt: skip
     stream = plan.stream and not buffers.first_write(dx)
-    for launch in plan.launches:
-        POOL.run(launch.address, arrays, stream, launch.threads)
+    POOL.run(plan.launches[0].address, arrays, stream, plan.threads)
 
 
 def _fill_empty(plan: Plan, mean: Any, rstd: Any, zeros: tuple[Any, ...]) -> None:

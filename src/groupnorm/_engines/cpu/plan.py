@@ -6,6 +6,7 @@ large groups. Both cut the data at the same places, so they give the same bits.
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ class Plan:
     rows: int  # lane numbers of planes, channels last
     statistics: "Plan | None"  # backward in phases without given statistics: what computes them first
     stream: bool
+    threads: int = 1
 
     def __str__(self) -> str:
         p = self.problem
@@ -207,9 +209,12 @@ class _Maker:
             statistics = make_plan(moments, max(launch.threads for launch in launches))
             for launch in launches:
                 launch.record["stats"] = FROM_MOMENTS
+        for launch, following in pairwise(launches):
+            launch.record["next"] = following.address
         road = "whole" if whole else "phases"
         sums = sums if backward else 0
-        return Plan(p, road, tuple(reasons), tuple(launches), work, sums, rows, statistics, stream)
+        most = max(launch.threads for launch in launches)
+        return Plan(p, road, tuple(reasons), tuple(launches), work, sums, rows, statistics, stream, most)
 
 
 def _threads(p: Problem, num_threads: int) -> int:

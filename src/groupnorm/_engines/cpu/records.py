@@ -37,6 +37,7 @@ ARRAYS = ("x", "y", "weight", "bias", "scale", "shift", "residual", "mask", "mea
 PLAN = np.dtype(
     [(name, np.int64) for name in (
         "kernel", "tasks", "workers",  # the launch: an address, how many tasks, and how many threads may help
+        "next",  # the address of the launch that follows, or 0
         "N", "C", "S", "G", "D",
         *(f"{array}_{axis}" for array in SHAPED for axis in "ncs"),  # steps in elements
         "weight", "bias", "scale", "shift",  # element codes, NONE where there is no such array

@@ -30,7 +30,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from groupnorm._core.threads import is_forked
-from groupnorm._engines.cpu.compiler import compiled
+from groupnorm._engines.cpu.compiler import compiled, jitted
 from groupnorm._engines.cpu.records import ARRAYS, CALL, call_at, plan_at
 
 __all__ = ["MAX_WORKERS", "POOL", "Pool"]
@@ -223,13 +223,21 @@ def _gather(typingctx: Any, pool: Any, arrays: Any) -> Any:
 
 
 def _launch(pool: int, plan: int, arrays: int, call: int, stream: int) -> None:
-    """Do all tasks of a job, with the help of the plan's number of workers if the pool is free.
+    """Do a plan and those that follow it, each with all its tasks.
 
     `arrays` is the address of a tuple of NumPy arrays in the order of ARRAYS, or 0, and then `call` that of a CALL.
     """
     if arrays != 0:
         call = _gather(pool, arrays)
         call_at(call).stream = stream
+    while plan != 0:
+        _do_tasks(pool, plan, call)
+        plan = plan_at(plan).next
+
+
+@jitted
+def _do_tasks(pool: int, plan: int, call: int) -> None:
+    """Do all tasks of a job, with the help of the plan's number of workers if the pool is free."""
     job = plan_at(plan)
     kernel, tasks, workers = job.kernel, job.tasks, job.workers
     state = _get(pool, _STATE)
@@ -273,8 +281,8 @@ class Pool:
             os.register_at_fork(after_in_child=self._forget)
 
     def run(self, plan: int, arrays: tuple[Any, ...], stream: bool, threads: int) -> None:
-        """Do the job of the PLAN at this address on NumPy arrays, given in the order of ARRAYS, None where there is
-        none.
+        """Do the job of the PLAN at this address, and those that follow it, on NumPy arrays, given in the order of
+        ARRAYS, None where there is none; with `threads` at most.
 
         The arrays' addresses are read where NumPy's C interface has them, in compiled code: asking through Python would
         take a microsecond for each.
