@@ -37,8 +37,8 @@ register_model(Activation)(models.OpaqueModel)
 
 @intrinsic(prefer_literal=True)
 def activation(typingctx: Any, code: Any, element: Any) -> Any:
-    """The Activation of a constant code, for elements of a constant code; None for none, so that kernels can leave the
-    step out.
+    """The Activation of a constant code, for results of a constant element code; None for none, so that kernels can
+    leave the step out. Backward asks for FLOAT32 always: its slopes enter gradients of that type.
     """
     label = _NAMES[code.literal_value]
     kind = types.none if label is None else Activation(label, element.literal_value in (F16, BF16))

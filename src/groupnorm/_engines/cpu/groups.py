@@ -4,7 +4,7 @@ import numpy as np
 
 from groupnorm._engines.cpu.compiler import jitted
 from groupnorm._engines.cpu.memory import FLOAT64, load_first, load_one, one_lane, pointer, store_first, zeros
-from groupnorm._engines.cpu.records import FROM_MOMENTS, channel_affine, sums_at
+from groupnorm._engines.cpu.records import DZ, DZH, FROM_MOMENTS, H, channel_affine, sums_at
 from groupnorm._engines.cpu.simd import LANES, fma, total
 from groupnorm._engines.cpu.statistics import count_real
 
@@ -64,7 +64,7 @@ def close_sums(p, a, x, mask, n, g, m, r):
     s_h = zeros(sums)
     for part in range(p.parts):
         for c in range(first, last, LANES):
-            s_h += load_first(sums, sums_at(p, n, part, 2) + c, last - c)
+            s_h += load_first(sums, sums_at(p, n, part, H) + c, last - c)
     lost = total(s_h) / count
     if abs(lost) > ROUNDING * abs(m) * r:
         lost = 0.0
@@ -72,9 +72,9 @@ def close_sums(p, a, x, mask, n, g, m, r):
     for c in range(first, last, LANES):
         factor, _ = channel_affine(p, a, n, c, last - c)
         for part in range(p.parts):
-            s_dz = load_first(sums, sums_at(p, n, part, 0) + c, last - c)
-            s_dzh = (load_first(sums, sums_at(p, n, part, 1) + c, last - c) - lost * s_dz) * exact
-            store_first(sums, sums_at(p, n, part, 1) + c, s_dzh, last - c)
+            s_dz = load_first(sums, sums_at(p, n, part, DZ) + c, last - c)
+            s_dzh = (load_first(sums, sums_at(p, n, part, DZH) + c, last - c) - lost * s_dz) * exact
+            store_first(sums, sums_at(p, n, part, DZH) + c, s_dzh, last - c)
             s1 = fma(factor, s_dz, s1)
             s2 = fma(factor, s_dzh, s2)
     k2 = -r * exact * total(s2) / count

@@ -5,7 +5,7 @@ from typing import Any
 
 from groupnorm._engines.cpu.compiler import compiled, jitted
 from groupnorm._engines.cpu.memory import FLOAT64, load_first, pointer, zeros
-from groupnorm._engines.cpu.records import call_at, coefficients, plan_at, store_coefficients, sums_at
+from groupnorm._engines.cpu.records import DZ, DZH, call_at, coefficients, plan_at, store_coefficients, sums_at
 from groupnorm._engines.cpu.simd import LANES, fma
 
 __all__ = ["CHANNELS_PER_TASK", "parameters_kernel"]
@@ -25,8 +25,8 @@ def _parameters(p, a, task):
         for n in range(p.N):
             s_dz = s_dzh = zeros(sums)
             for part in range(p.parts):
-                s_dz += load_first(sums, sums_at(p, n, part, 0) + c, lanes)
-                s_dzh += load_first(sums, sums_at(p, n, part, 1) + c, lanes)
+                s_dz += load_first(sums, sums_at(p, n, part, DZ) + c, lanes)
+                s_dzh += load_first(sums, sums_at(p, n, part, DZH) + c, lanes)
             index = n * p.C + c
             factor = coefficients(a.scale, p.scale, index, lanes, 0.0) + 1.0
             dbias = fma(factor, s_dz, dbias)

@@ -89,7 +89,7 @@ def _first(p: Problem, num_threads: int) -> Plan:
     chunk = _CHUNK // 2 if p.dtype == "float64" else _CHUNK
     cut = {
         "unit": unit, "parts": parts, "part": part, "units": units, "chunk": chunk, "chunk_rows": max(chunk // p.S, 1),
-        "flat": p.S == 1 and all(channel_step == 1 for _, channel_step, _ in p.walks.values()),
+        "flat": int(p.S == 1 and all(channel_step == 1 for _, channel_step, _ in p.walks.values())),
     }  # fmt: skip
     threads = _threads(p, num_threads)
     groups = p.N * p.G

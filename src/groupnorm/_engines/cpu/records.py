@@ -18,9 +18,12 @@ from groupnorm._engines.cpu.simd import fma, narrow, widen
 __all__ = [
     "ARRAYS",
     "CALL",
+    "DZ",
+    "DZH",
     "FROM_MOMENTS",
     "PLAN",
     "SHAPED",
+    "H",
     "call_at",
     "channel_affine",
     "coefficients",
@@ -33,6 +36,8 @@ FROM_MOMENTS = 2  # backward in phases: a launch before it has left the moments
 SHAPED = ("x", "y", "residual", "dy", "dx", "dresidual")  # arrays that are walked by steps
 ARRAYS = ("x", "y", "weight", "bias", "scale", "shift", "residual", "mask", "mean", "rstd", "moments", "dy", "dx",
           "dweight", "dbias", "dscale", "dshift", "dresidual", "work", "sums", "rows")  # fmt: skip
+
+DZ, DZH, H = np.arange(3)  # kinds of sums of backward: of dz, dz*xhat and xhat
 
 PLAN = np.dtype(
     [(name, np.int64) for name in (
@@ -72,9 +77,7 @@ call_at = _record_at(CALL)
 
 @inlined
 def sums_at(p, n, part, kind):
-    """Where the sums of a part (of a unit, in channels last) of sample n begin, by channel: kind 0 of dz, 1 of dz*xhat,
-    2 of xhat.
-    """
+    """Where the sums of a part (of a unit, in channels last) of sample n begin, by channel; kind is DZ, DZH or H."""
     return ((n * p.parts + part) * 3 + kind) * p.C
 
 

@@ -11,13 +11,16 @@ result depends on the operations written and on nothing else. `memory.py` brings
 import operator
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.datamodel import models
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, register_model
 
-LANES = 16
+# A NumPy number and not an int, here and wherever kernels pass a constant on: Numba would compile the callee once more
+# for each value of an int.
+LANES: Any = np.int64(16)
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32, F64 = ir.FloatType(), ir.DoubleType()

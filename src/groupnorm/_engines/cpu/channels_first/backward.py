@@ -26,7 +26,7 @@ from groupnorm._engines.cpu.memory import (
     write,
     zeros,
 )  # fmt: skip
-from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at, sums_at
+from groupnorm._engines.cpu.records import DZ, DZH, H, call_at, channel_affine, plan_at, sums_at
 from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, narrow, select, total, widen
 
 __all__ = ["backward_kernel"]
@@ -80,7 +80,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
     lane_m, lane_r = one_lane(x, m), one_lane(x, r)
     slopes, shifts = scratch(x), scratch(x)
     part = unit % p.parts
-    of_dz, of_dzh, of_h = sums_at(p, n, part, 0), sums_at(p, n, part, 1), sums_at(p, n, part, 2)
+    of_dz, of_dzh, of_h = sums_at(p, n, part, DZ), sums_at(p, n, part, DZH), sums_at(p, n, part, H)
     s_h = widen(zeros(x))
     x_c, dy_c, residual_c, flat = p.x_c, p.dy_c, p.residual_c, p.flat  # read once, see forward.py
     xa, ya = n * p.x_n + c * x_c + start, n * p.dy_n + c * dy_c + start
@@ -255,7 +255,7 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
             if p.stats:
                 m, rest, r = given_statistics(p, a, mean, rstd, group)
             else:
-                count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, False)
+                count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g)
                 m, rest, r = backward_statistics(p, mean, count, pivot + offset, m2)
         if p.phase == SUMS:
             _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r)
@@ -285,7 +285,7 @@ def backward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
         _backward(
             p, a, pointer(a.x, element), pointer(a.dy, element), pointer(a.dx, element),
             pointer(a.dresidual, residual_element), pointer(a.residual, residual_element),
-            pointer(a.mask, mask_element), activation(act, element), pointer(a.mean, stats_element),
+            pointer(a.mask, mask_element), activation(act, FLOAT32), pointer(a.mean, stats_element),
             pointer(a.rstd, stats_element), task,
         )  # fmt: skip
 

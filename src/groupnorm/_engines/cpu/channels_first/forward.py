@@ -144,7 +144,7 @@ def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):
             continue
         if p.phase == MERGE:  # into the place of the group's first unit
             if unit == 0:
-                store_moments(a, index, group_moments(p, a, x, mask, n, g, True))
+                store_moments(a, index, group_moments(p, a, x, mask, n, g))
             continue
         if unit == 0 or index == first:
             found = (0.0, 0.0, 0.0, 0.0)
@@ -158,7 +158,7 @@ def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):
             elif p.phase == APPLY:
                 found = load_moments(a, group * p.units)
             else:
-                found = group_moments(p, a, x, mask, n, g, False)
+                found = group_moments(p, a, x, mask, n, g)
             m, m_rest, r = _results(p, a, x, mean, rstd, group, unit, found)
         if a.y != 0:
             _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r)

@@ -46,11 +46,11 @@ def unit_moments(p, x, mask, n, g, unit):
 
 
 @jitted
-def group_moments(p, a, x, mask, n, g, known):
-    """Moments of a group: its units merged, from `work` if they are known, else computed here."""
+def group_moments(p, a, x, mask, n, g):
+    """Moments of a group: its units merged, from `work` in a launch of its own, else computed here."""
     found = (0.0, 0.0, 0.0, 0.0)
     for unit in range(p.units):
-        if known:
+        if p.phase == MERGE:
             piece = load_moments(a, (n * p.G + g) * p.units + unit)
         else:
             piece = unit_moments(p, x, mask, n, g, unit)

@@ -3,6 +3,8 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from groupnorm._engines.cpu.channels_last.moments import (
     AHEAD,
     APPLY,
@@ -41,7 +43,7 @@ from groupnorm._engines.cpu.memory import (
     write,
     zeros,
 )  # fmt: skip
-from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at, sums_at
+from groupnorm._engines.cpu.records import DZ, call_at, channel_affine, plan_at, sums_at
 from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
 from groupnorm._engines.cpu.statistics import is_real
 
@@ -95,7 +97,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
         c = c0
         while c < c1:
             plane = n * BACKWARD_PLANES * p.C + c
-            to = sums_at(p, n, unit, 0) + c
+            to = sums_at(p, n, unit, DZ) + c
             lanes = min(LANES, c1 - c)
             m0, r0, a0, b0 = _four(rows_, plane, p.C, lanes)
             p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
@@ -221,6 +223,7 @@ def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, fi
 
 @merged
 def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_, task):
+    c0, c1 = np.int64(0), p.C
     if p.phase == SUMS + MERGE + APPLY:  # a slab of a sample
         slabs = max(p.C // p.slab, 1)
         n = task // slabs
@@ -236,19 +239,21 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_
             last = min((unit + 1) * p.unit, p.S)
             _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, unit * p.unit, last, c0, c1)
     elif p.phase == PLANES:
-        _backward_planes(p, a, x, mask, mean, rstd, rows_, task, 0, p.C)
+        _backward_planes(p, a, x, mask, mean, rstd, rows_, task, c0, c1)
     elif p.phase == MERGE:
-        _backward_merge(p, a, x, mask, mean, rstd, rows_, task, 0, p.C)
+        _backward_merge(p, a, x, mask, mean, rstd, rows_, task, c0, c1)
     else:
         first = task * p.per_task
         for k in range(first, min(first + p.per_task, p.N * p.units)):
             if p.phase == SUMS:
-                _unit_sums(p, a, x, dy, residual, mask, act, rows_, k // p.units, k % p.units, 0, p.C)
+                _unit_sums(p, a, x, dy, residual, mask, act, rows_, k // p.units, k % p.units, c0, c1)
             else:
                 index = p.N * p.units - 1 - k
                 n, unit = index // p.units, index % p.units
                 last = min((unit + 1) * p.unit, p.S)
-                _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, unit * p.unit, last, 0, p.C)
+                _backward_rows(
+                    p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, unit * p.unit, last, np.int64(0), p.C
+                )
     fence()
 
 
@@ -263,7 +268,7 @@ def backward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
         _backward(
             p, a, pointer(a.x, element), pointer(a.dy, element), pointer(a.dx, element),
             pointer(a.dresidual, residual_element), pointer(a.residual, residual_element), pointer(a.mask,
-            mask_element), activation(act, element), pointer(a.mean, lane_element), pointer(a.rstd, lane_element),
+            mask_element), activation(act, FLOAT32), pointer(a.mean, lane_element), pointer(a.rstd, lane_element),
             pointer(a.rows, lane_element), task,
         )  # fmt: skip
 

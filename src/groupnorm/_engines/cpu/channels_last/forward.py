@@ -129,6 +129,7 @@ def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, first, last, c0, c1
 
 @merged
 def _forward(p, a, x, y, residual, mask, act, mean, rstd, rows_, task):
+    c0, c1 = np.int64(0), p.C
     if p.phase == MOMENTS + MERGE + APPLY:  # a slab of a sample
         slabs = max(p.C // p.slab, 1)
         n = task // slabs
@@ -142,17 +143,17 @@ def _forward(p, a, x, y, residual, mask, act, mean, rstd, rows_, task):
                 last = min((unit + 1) * p.unit, p.S)
                 _forward_rows(p, a, x, y, residual, mask, act, rows_, n, unit * p.unit, last, c0, c1)
     elif p.phase == MERGE:
-        _merge(p, a, x, mask, mean, rstd, rows_, task, 0, p.C)
+        _merge(p, a, x, mask, mean, rstd, rows_, task, c0, c1)
     else:
         first = task * p.per_task
         for k in range(first, min(first + p.per_task, p.N * p.units)):
             if p.phase == MOMENTS:
-                unit_moments(p, a, x, mask, k // p.units, k % p.units, 0, p.C)
+                unit_moments(p, a, x, mask, k // p.units, k % p.units, c0, c1)
             else:
                 index = p.N * p.units - 1 - k
                 n, unit = index // p.units, index % p.units
                 last = min((unit + 1) * p.unit, p.S)
-                _forward_rows(p, a, x, y, residual, mask, act, rows_, n, unit * p.unit, last, 0, p.C)
+                _forward_rows(p, a, x, y, residual, mask, act, rows_, n, unit * p.unit, last, c0, c1)
     fence()
 
 
