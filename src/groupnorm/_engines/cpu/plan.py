@@ -149,9 +149,12 @@ def _last(p: Problem, num_threads: int) -> Plan:
     units_per_task = _per_task(p.N * units, p.C * unit, threads)
     by_unit = (-(-p.N * units // units_per_task), units_per_task)
     by_sample = (p.N, 1)
+    slots = p.N
     if whole:
         reasons.append("slabs keep all threads busy: each is taken through all phases while it is in cache")
-        launches = [maker.launch("slabs", moments + merge + apply, slabs, 1, threads)]
+        slabs_per_task = slabs if threads == 1 else max(1, slabs // (_TASKS_PER_THREAD * threads))
+        slots = -(-slabs // slabs_per_task)  # tasks, each with one place for what it keeps about the slab at hand
+        launches = [maker.launch("slabs", moments + merge + apply, slots, slabs_per_task, threads)]
     elif backward:
         launches = [maker.launch("planes", channels_last.PLANES, *by_sample, threads),
                     maker.launch("sums", channels_last.SUMS, *by_unit, threads),
@@ -163,8 +166,8 @@ def _last(p: Problem, num_threads: int) -> Plan:
         if p.task != "moments":
             launches.append(maker.launch("normalize", apply, *by_unit, threads))
     planes = channels_last.BACKWARD_PLANES if backward else channels_last.FORWARD_PLANES
-    return maker.plan(whole, reasons, launches, work=0 if p.stats or p.task == "normalize" else p.N * units * 3 * p.C,
-                      sums=p.N * units * 3 * p.C, rows=0 if p.task == "moments" else p.N * planes * p.C)  # fmt: skip
+    return maker.plan(whole, reasons, launches, work=0 if p.stats or p.task == "normalize" else slots * units * 3 * p.C,
+                      sums=p.N * units * 3 * p.C, rows=0 if p.task == "moments" else slots * planes * p.C)  # fmt: skip
 
 
 class _Maker:

@@ -17,7 +17,9 @@ from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total, 
 
 __all__ = [
     "FAR",
+    "FEW",
     "count_real",
+    "few_moments",
     "fewer",
     "is_far",
     "is_real",
@@ -29,6 +31,7 @@ __all__ = [
 
 # (mean - pivot)^2 in variances up to which a pivot is good, if there are many elements, whose roundings average out
 FAR = 16.0
+FEW = 32 * LANES  # elements up to which reading twice costs less than to look after a pivot
 
 
 @jitted
@@ -88,6 +91,40 @@ def run_moments(x, mask, at, mask_at, rows, length, step, chunk_rows, chunk):
         pivot = one_lane(x, np.float64(pivot) + offset)
         chunk, chunk_rows = fewer(x, chunk), fewer(x, chunk_rows)
     return count, np.float64(pivot), offset, m2
+
+
+@jitted
+def few_moments(x, at, length):
+    """Moments of a run of at most FEW elements, read twice from the L1 cache: their own mean is the pivot."""
+    inverse = 1.0 / length
+    whole = length // LANES * LANES
+    s0 = s1 = zeros(x)
+    for i in range(0, whole - LANES, 2 * LANES):
+        s0 += load(x, at + i)
+        s1 += load(x, at + i + LANES)
+    if whole % (2 * LANES) != 0:
+        s0 += load(x, at + whole - LANES)
+    if whole < length:
+        s1 += load_first(x, at + whole, length - whole)
+    pivot = one_lane(x, total(s0 + s1) * inverse)
+    s0 = s1 = q0 = q1 = zeros(x)
+    for i in range(0, whole - LANES, 2 * LANES):
+        d0, d1 = load(x, at + i) - pivot, load(x, at + i + LANES) - pivot
+        s0 += d0
+        s1 += d1
+        q0 = fma(d0, d0, q0)
+        q1 = fma(d1, d1, q1)
+    if whole % (2 * LANES) != 0:
+        d0 = load(x, at + whole - LANES) - pivot
+        s0 += d0
+        q0 = fma(d0, d0, q0)
+    if whole < length:
+        d1 = select(first_lanes(length - whole), load_first(x, at + whole, length - whole) - pivot, 0.0)
+        s1 += d1
+        q1 = fma(d1, d1, q1)
+    sum_d = total(s0 + s1)
+    offset = sum_d * inverse
+    return np.float64(length), np.float64(pivot), offset, max(total(q0 + q1) - offset * sum_d, 0.0)
 
 
 @jitted

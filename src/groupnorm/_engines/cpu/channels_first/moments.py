@@ -3,7 +3,7 @@
 from groupnorm._engines.cpu.compiler import jitted
 from groupnorm._engines.cpu.groups import group_channels
 from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer, store_one
-from groupnorm._engines.cpu.statistics import merge, moments_by_element, out_of_range, run_moments
+from groupnorm._engines.cpu.statistics import FEW, few_moments, merge, moments_by_element, out_of_range, run_moments
 
 __all__ = [
     "APPLY",
@@ -42,6 +42,8 @@ def unit_moments(p, x, mask, n, g, unit):
     at = n * p.x_n + c * p.x_c + start
     if channels > 1 and mask is None and p.x_c == p.S:  # the unit's channels are one run
         length, channels = length * channels, 1
+    if mask is None and channels == 1 and length <= FEW:
+        return few_moments(x, at, length)
     return run_moments(x, mask, at, n * p.S + start, channels, length, p.x_c, p.chunk_rows, p.chunk)
 
 

@@ -85,7 +85,7 @@ def _four(rows_, plane, C, lanes):
 
 
 @jitted
-def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
+def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
     """The sums of dz, dz*xhat and xhat of channels c0..c1 over a unit's rows; by blocks in lanes, then in
     float64.
     """
@@ -96,7 +96,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1):
         end = min(start + TILE, last)
         c = c0
         while c < c1:
-            plane = n * BACKWARD_PLANES * p.C + c
+            plane = slot * BACKWARD_PLANES * p.C + c
             to = sums_at(p, n, unit, DZ) + c
             lanes = min(LANES, c1 - c)
             m0, r0, a0, b0 = _four(rows_, plane, p.C, lanes)
@@ -145,17 +145,17 @@ def _add_sums(sums, at, next_, s_dz, s_dzh, s_h, starts, lanes):
 
 
 @jitted
-def _backward_planes(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
+def _backward_planes(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
     """The planes m, r, a, b of channels c0..c1; without given statistics from the units' moments."""
     rows = 0.0
     if not p.stats:
-        rows = merge_units(p, a, x, mask, n, c0, c1)
-    at = n * BACKWARD_PLANES * p.C
+        rows = merge_units(p, a, x, mask, n, slot, c0, c1)
+    at = slot * BACKWARD_PLANES * p.C
     for g in range(c0 // p.D, p.G):
         first, last = group_channels(p, g)
         if first >= c1:
             break
-        m, rest, r = _statistics(p, a, x, mask, mean, rstd, n, g, rows)
+        m, rest, r = _statistics(p, a, x, mask, mean, rstd, n, slot, g, rows)
         for c in range(first, last, LANES):
             factor, summand = channel_affine(p, a, n, c, last - c)
             store_first(rows_, at + c, zeros(rows_) + one_lane(rows_, m), last - c)
@@ -165,23 +165,23 @@ def _backward_planes(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
 
 
 @jitted
-def _statistics(p, a, x, mask, mean, rstd, n, g, rows):
+def _statistics(p, a, x, mask, mean, rstd, n, slot, g, rows):
     """Mean, what rounding it lost, and rstd of a group, given or from its `rows` real rows."""
     if p.stats:
         return given_statistics(p, a, mean, rstd, n * p.G + g)
-    count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, rows)
+    count, pivot, offset, m2 = group_moments(p, a, x, mask, n, slot, g, rows)
     return backward_statistics(p, mean, count, pivot + offset, m2)
 
 
 @jitted
-def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
+def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
     """Close the sums of the groups in channels c0..c1, and fill their planes k2 and k3."""
-    at = n * BACKWARD_PLANES * p.C
+    at = slot * BACKWARD_PLANES * p.C
     for g in range(c0 // p.D, p.G):
         first, last = group_channels(p, g)
         if first >= c1:
             break
-        m, _, r = _statistics(p, a, x, mask, mean, rstd, n, g, real_positions(p, mask, n))
+        m, _, r = _statistics(p, a, x, mask, mean, rstd, n, slot, g, real_positions(p, mask, n))
         k2, k3 = close_sums(p, a, x, mask, n, g, m, r)
         for c in range(first, last, LANES):
             store_first(rows_, at + 4 * p.C + c, zeros(rows_) + one_lane(rows_, k2), last - c)
@@ -206,10 +206,10 @@ def _dx_vector(p, x, dy, dresidual, residual, mask, act, planes, n, row, c, lane
 
 
 @jitted
-def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, first, last, c0, c1):
+def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, slot, first, last, c0, c1):
     """dx of channels c0..c1 of rows first..last, in the order of memory."""
     streaming = a.stream != 0 and elements_to_line(dx, n * p.dx_n + c0) == 0 and p.dx_s % LANES == 0
-    planes = shifted(rows_, n * BACKWARD_PLANES * p.C)
+    planes = shifted(rows_, slot * BACKWARD_PLANES * p.C)
     for row in range(first, last):
         c = c0
         while c + LANES <= c1:
@@ -224,36 +224,36 @@ def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, fi
 @merged
 def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_, task):
     c0, c1 = np.int64(0), p.C
-    if p.phase == SUMS + MERGE + APPLY:  # a slab of a sample
+    start = task * p.per_task
+    if p.phase == SUMS + MERGE + APPLY:  # slabs of samples, one after the other in the same place of work and rows
         slabs = max(p.C // p.slab, 1)
-        n = task // slabs
-        c0, c1 = slab_channels(p, task % slabs)
-        if not p.stats:
+        for k in range(start, min(start + p.per_task, p.N * slabs)):
+            n = k // slabs
+            c0, c1 = slab_channels(p, k % slabs)
+            if not p.stats:
+                for unit in range(p.units):
+                    unit_moments(p, a, x, mask, n, task, unit, c0, c1)
+            _backward_planes(p, a, x, mask, mean, rstd, rows_, n, task, c0, c1)
             for unit in range(p.units):
-                unit_moments(p, a, x, mask, n, unit, c0, c1)
-        _backward_planes(p, a, x, mask, mean, rstd, rows_, n, c0, c1)
-        for unit in range(p.units):
-            _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, unit, c0, c1)
-        _backward_merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1)
-        for unit in range(p.units - 1, -1, -1):  # the unit read last is the one that is still in cache
-            last = min((unit + 1) * p.unit, p.S)
-            _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, unit * p.unit, last, c0, c1)
+                _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, task, unit, c0, c1)
+            _backward_merge(p, a, x, mask, mean, rstd, rows_, n, task, c0, c1)
+            for unit in range(p.units - 1, -1, -1):  # the unit read last is the one that is still in cache
+                first, last = unit * p.unit, min((unit + 1) * p.unit, p.S)
+                _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, task, first, last, c0, c1)
     elif p.phase == PLANES:
-        _backward_planes(p, a, x, mask, mean, rstd, rows_, task, c0, c1)
+        _backward_planes(p, a, x, mask, mean, rstd, rows_, task, task, c0, c1)
     elif p.phase == MERGE:
-        _backward_merge(p, a, x, mask, mean, rstd, rows_, task, c0, c1)
+        _backward_merge(p, a, x, mask, mean, rstd, rows_, task, task, c0, c1)
     else:
-        first = task * p.per_task
-        for k in range(first, min(first + p.per_task, p.N * p.units)):
+        for k in range(start, min(start + p.per_task, p.N * p.units)):
             if p.phase == SUMS:
-                _unit_sums(p, a, x, dy, residual, mask, act, rows_, k // p.units, k % p.units, c0, c1)
+                n = k // p.units
+                _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, n, k % p.units, c0, c1)
             else:
                 index = p.N * p.units - 1 - k
                 n, unit = index // p.units, index % p.units
-                last = min((unit + 1) * p.unit, p.S)
-                _backward_rows(
-                    p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, unit * p.unit, last, np.int64(0), p.C
-                )
+                first, last = unit * p.unit, min((unit + 1) * p.unit, p.S)
+                _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, n, first, last, c0, c1)
     fence()
 
 

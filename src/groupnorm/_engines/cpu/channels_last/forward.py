@@ -46,12 +46,12 @@ FORWARD_PLANES = 3  # m, a, b
 
 
 @jitted
-def _merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
+def _merge(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
     """From the units' moments (or given ones) to mean, rstd and the planes m, a, b of channels c0..c1."""
     moments = pointer(a.moments, FLOAT64)
     rows = 0.0
     if not p.stats:
-        rows = merge_units(p, a, x, mask, n, c0, c1)
+        rows = merge_units(p, a, x, mask, n, slot, c0, c1)
     for g in range(c0 // p.D, p.G):
         first, last = group_channels(p, g)
         if first >= c1:
@@ -61,7 +61,7 @@ def _merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
             count, pivot = load_one(moments, group * 3), load_one(moments, group * 3 + 1)
             offset, m2 = 0.0, load_one(moments, group * 3 + 2)
         else:
-            count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g, rows)
+            count, pivot, offset, m2 = group_moments(p, a, x, mask, n, slot, g, rows)
             if a.moments != 0:
                 store_one(moments, group * 3, count)
                 store_one(moments, group * 3 + 1, pivot + offset)
@@ -73,7 +73,7 @@ def _merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1):
             store_one(mean, group, one_lane(mean, m + rest))
             store_one(rstd, group, one_lane(rstd, r))
         if a.y != 0:
-            at = n * FORWARD_PLANES * p.C
+            at = slot * FORWARD_PLANES * p.C
             for c in range(first, last, LANES):
                 factor, summand = channel_affine(p, a, n, c, last - c)
                 slope_ = narrow(factor * r, zeros(rows_))
@@ -97,14 +97,14 @@ def _forward_vector(p, x, residual, mask, act, n, row, c, m, a, b, lanes):
 
 
 @jitted
-def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, first, last, c0, c1):
+def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, slot, first, last, c0, c1):
     """y of channels c0..c1 of rows first..last, in tiles."""
     streaming = a.stream != 0 and elements_to_line(y, n * p.y_n + c0) == 0 and p.y_s % LANES == 0
     for start in range(first, last, WRITTEN):
         end = min(start + WRITTEN, last)
         c = c0
         while c < c1:
-            plane = n * FORWARD_PLANES * p.C + c
+            plane = slot * FORWARD_PLANES * p.C + c
             lanes = min(LANES, c1 - c)
             m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
                           load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
@@ -130,30 +130,32 @@ def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, first, last, c0, c1
 @merged
 def _forward(p, a, x, y, residual, mask, act, mean, rstd, rows_, task):
     c0, c1 = np.int64(0), p.C
-    if p.phase == MOMENTS + MERGE + APPLY:  # a slab of a sample
+    first = task * p.per_task
+    if p.phase == MOMENTS + MERGE + APPLY:  # slabs of samples, one after the other in the same place of work and rows
         slabs = max(p.C // p.slab, 1)
-        n = task // slabs
-        c0, c1 = slab_channels(p, task % slabs)
-        if not p.stats:
-            for unit in range(p.units):
-                unit_moments(p, a, x, mask, n, unit, c0, c1)
-        _merge(p, a, x, mask, mean, rstd, rows_, n, c0, c1)
-        if a.y != 0:
-            for unit in range(p.units - 1, -1, -1):  # the unit read last is the one that is still in cache
-                last = min((unit + 1) * p.unit, p.S)
-                _forward_rows(p, a, x, y, residual, mask, act, rows_, n, unit * p.unit, last, c0, c1)
+        for k in range(first, min(first + p.per_task, p.N * slabs)):
+            n = k // slabs
+            c0, c1 = slab_channels(p, k % slabs)
+            if not p.stats:
+                for unit in range(p.units):
+                    unit_moments(p, a, x, mask, n, task, unit, c0, c1)
+            _merge(p, a, x, mask, mean, rstd, rows_, n, task, c0, c1)
+            if a.y != 0:
+                for unit in range(p.units - 1, -1, -1):  # the unit read last is the one that is still in cache
+                    start, end = unit * p.unit, min((unit + 1) * p.unit, p.S)
+                    _forward_rows(p, a, x, y, residual, mask, act, rows_, n, task, start, end, c0, c1)
     elif p.phase == MERGE:
-        _merge(p, a, x, mask, mean, rstd, rows_, task, c0, c1)
+        _merge(p, a, x, mask, mean, rstd, rows_, task, task, c0, c1)
     else:
-        first = task * p.per_task
         for k in range(first, min(first + p.per_task, p.N * p.units)):
             if p.phase == MOMENTS:
-                unit_moments(p, a, x, mask, k // p.units, k % p.units, c0, c1)
+                n = k // p.units
+                unit_moments(p, a, x, mask, n, n, k % p.units, c0, c1)
             else:
                 index = p.N * p.units - 1 - k
                 n, unit = index // p.units, index % p.units
-                last = min((unit + 1) * p.unit, p.S)
-                _forward_rows(p, a, x, y, residual, mask, act, rows_, n, unit * p.unit, last, c0, c1)
+                start, end = unit * p.unit, min((unit + 1) * p.unit, p.S)
+                _forward_rows(p, a, x, y, residual, mask, act, rows_, n, n, start, end, c0, c1)
     fence()
 
 

@@ -99,7 +99,7 @@ def _close_unit(work, at, C, count, c0, c1):
     for c in range(c0, c1, LANES):
         lanes = c1 - c
         s, q = load_first(work, at + C + c, lanes), load_first(work, at + 2 * C + c, lanes)
-        offset = s / count
+        offset = s * (1.0 / count)
         m2 = fma(s, 0.0 - offset, q)
         m2 = select(m2 < 0.0, 0.0, m2)
         store_first(work, at + C + c, offset, lanes)
@@ -109,12 +109,12 @@ def _close_unit(work, at, C, count, c0, c1):
 
 
 @jitted
-def unit_moments(p, a, x, mask, n, unit, c0, c1):
-    """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into work. The first real row is the
-    pivot; where that was far from the mean for some channel, see statistics.py, the rows are read again.
+def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
+    """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into place `slot` of work. The first real
+    row is the pivot; where that was far from the mean for some channel, see statistics.py, the rows are read again.
     """
     work = pointer(a.work, FLOAT64)
-    work_at = (n * p.units + unit) * 3 * p.C
+    work_at = (slot * p.units + unit) * 3 * p.C
     first = unit * p.unit
     last = min(first + p.unit, p.S)
     count = _unit_count(p, mask, n, unit)
@@ -170,16 +170,16 @@ def _unit_count(p, mask, n, unit):
 
 
 @jitted
-def merge_units(p, a, x, mask, n, c0, c1):
+def merge_units(p, a, x, mask, n, slot, c0, c1):
     """Merge the units of sample n into its first unit's place, per channel; returns the number of real rows."""
     work = pointer(a.work, FLOAT64)
-    to = n * p.units * 3 * p.C
+    to = slot * p.units * 3 * p.C
     before = _unit_count(p, mask, n, 0)
     for unit in range(1, p.units):
         count = _unit_count(p, mask, n, unit)
         if count == 0.0:
             continue
-        at = (n * p.units + unit) * 3 * p.C
+        at = (slot * p.units + unit) * 3 * p.C
         for c in range(c0, c1, LANES):
             lanes = min(LANES, c1 - c)
             pivot, offset = load_first(work, at + c, lanes), load_first(work, at + p.C + c, lanes)
@@ -194,7 +194,7 @@ def merge_units(p, a, x, mask, n, c0, c1):
 
 
 @jitted
-def group_moments(p, a, x, mask, n, g, rows):
+def group_moments(p, a, x, mask, n, slot, g, rows):
     """Moments (count, pivot, offset, m2) of group g from those of its channels, which all have `rows` elements.
 
     The mean of the first channel is the pivot. It cannot be far from the group's mean: with D channels the square of
@@ -203,7 +203,7 @@ def group_moments(p, a, x, mask, n, g, rows):
     if rows == 0.0:
         return 0.0, 0.0, 0.0, 0.0
     work = pointer(a.work, FLOAT64)
-    at = n * p.units * 3 * p.C
+    at = slot * p.units * 3 * p.C
     first, last = group_channels(p, g)
     pivot = load_one(work, at + first)
     s = q = zeros(work)
