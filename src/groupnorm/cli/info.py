@@ -139,7 +139,10 @@ def _numba_cache() -> str:
     import groupnorm
 
     wished = os.environ.get("NUMBA_CACHE_DIR")
-    return wished or str(Path(groupnorm.__file__).parent / "_engines" / "cpu" / "__pycache__")
+    beside = Path(groupnorm.__file__).parent / "_engines" / "cpu"
+    if wished or os.access(beside, os.W_OK):
+        return wished or str(beside / "__pycache__")
+    return f"Numba's folder among the user's caches, as {beside} cannot be written"
 
 
 def _copy_bandwidth() -> float:

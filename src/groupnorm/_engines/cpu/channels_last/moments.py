@@ -35,9 +35,7 @@ APPLY, MERGE = 2, 4
 
 TILE = 8  # rows that are summed together, a strip of channels at a time; 16 were a tenth slower from memory
 AHEAD = 16  # rows from a load to the place that is asked for with it
-WRITTEN = (
-    16  # rows that are written together, with a strip's numbers in registers; 4 were slower by a third for bfloat16
-)
+WRITTEN = 16  # rows that are written together, a strip's numbers in registers; 4 took a third longer for bfloat16
 STRIP = 4 * LANES  # channels of a strip
 
 
