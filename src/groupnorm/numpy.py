@@ -95,9 +95,7 @@ def group_norm_vjp(
         )
     engine, plan, call = known
     dx = call.empty()
-    dweight, dbias, dscale, dshift = (
-        None if a is None else np.empty(a.shape, a.dtype) for a in (weight, bias, scale, shift)
-    )
+    dweight, dbias, dscale, dshift = _empty_like(weight), _empty_like(bias), _empty_like(scale), _empty_like(shift)
     dresidual = None if residual is None else call.empty()
     engine.backward(plan, dy, x, dx, weight, bias, scale, shift, residual, mask, mean, rstd, dweight, dbias, dscale,
                     dshift, dresidual)  # fmt: skip
@@ -178,6 +176,10 @@ def normalize(
         np.copyto(out, y)
         y = out
     return y
+
+
+def _empty_like(parameter: Array | None) -> Array | None:
+    return None if parameter is None else np.empty(parameter.shape, parameter.dtype)
 
 
 def _form(array: Array) -> Any:
