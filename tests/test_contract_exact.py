@@ -1,5 +1,6 @@
 """The contract of an engine, part 3: bits, constants, where NaN goes, and values near the ends of a type."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,6 +135,17 @@ def test_outlier_in_the_first_place(engine: Engine, layout: str, dtype: str, out
     check_forward(engine, drawn)
     np.moveaxis(drawn.x, drawn.axis, 1)[:, ::4, 0] = outlier
     check_forward(engine, drawn)
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 33, 17), (2, 32, 96, 96)])
+def test_float64_moments_are_as_good_as_its_roundings(engine: Engine, layout: str, shape: tuple[int, ...]) -> None:
+    """No wider type takes up its sums, so a pivot beside the mean would cost digits; against exact sums."""
+    drawn = draw(Case(shape, 32, "float64", layout))
+    _, _, rstd = engine.group_norm(drawn.x, 32, layout=layout, eps=0.0, return_stats=True)
+    for found, group in zip(np.ravel(rstd), drawn.cube(drawn.x).reshape(shape[0] * 32, -1), strict=True):
+        mean = math.fsum(group) / group.size
+        exact = 1 / math.sqrt(math.fsum((group - mean) ** 2) / group.size)
+        assert abs(found / exact - 1) <= 6 * 2.0**-53
 
 
 def test_a_step_in_the_middle(engine: Engine, layout: str) -> None:

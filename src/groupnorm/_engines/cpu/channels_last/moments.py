@@ -7,8 +7,8 @@ from groupnorm._engines.cpu.groups import group_channels
 from groupnorm._engines.cpu.memory import FLOAT64, load, load_first, load_one, pointer, prefetch, store_first, zeros
 from groupnorm._engines.cpu.simd import LANES, any_of, first_lanes, fma, narrow, select, total, widen
 from groupnorm._engines.cpu.statistics import (
-    FAR,
     count_real,
+    far,
     fewer,
     is_far,
     is_real,
@@ -89,7 +89,7 @@ def _add_to(work, at, s, q, C, lanes):
 
 
 @jitted
-def _close_unit(work, at, C, count, c0, c1):
+def _close_unit(x, work, at, C, count, c0, c1):
     """From planes pivot, s, q of channels c0..c1 to pivot, offset, m2. Where a pivot is far from a mean, all become the
     means and the sums start anew; returns whether any did.
     """
@@ -102,7 +102,7 @@ def _close_unit(work, at, C, count, c0, c1):
         m2 = select(m2 < 0.0, 0.0, m2)
         store_first(work, at + C + c, offset, lanes)
         store_first(work, at + 2 * C + c, m2, lanes)
-        again |= any_of(is_far(offset, m2, count, FAR))
+        again |= any_of(is_far(offset, m2, count, far(x)))
     return again
 
 
@@ -139,7 +139,7 @@ def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
             while c < c1:
                 _vector_sums(x, mask, at + c, mask_at, rows, p.x_s, work, work_at + c, p.C, c1 - c)
                 c += LANES
-        if not _close_unit(work, work_at, p.C, max(count, 1.0), c0, c1):
+        if not _close_unit(x, work, work_at, p.C, max(count, 1.0), c0, c1):
             break
 
 
