@@ -212,3 +212,40 @@ def test_a_known_small_call_allocates_little() -> None:
     for _ in range(200):
         gn.group_norm(x, 8, w, w)
     assert time.perf_counter() - start < 2, "a known call makes its plan again"
+
+
+# ---- nothing beyond an array is touched ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are protected by Linux's mprotect")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_memory_behind_an_array_is_not_read(layout: str, masked: bool) -> None:
+    """Every array ends where a page begins that may not be touched; one sample, and the end of another, is all mask."""
+    python(
+        "import ctypes, mmap, numpy as np, groupnorm as gn\n"
+        "PAGE, kept = mmap.PAGESIZE, []\n"
+        "libc = ctypes.CDLL(None)\n"
+        "def fenced(a):\n"
+        "    size = -(-a.nbytes // PAGE) * PAGE\n"
+        "    room = mmap.mmap(-1, size + PAGE); kept.append(room)\n"
+        "    start = ctypes.addressof(ctypes.c_char.from_buffer(room))\n"
+        "    assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(PAGE), 0) == 0\n"
+        "    b = np.frombuffer(room, a.dtype, a.size, size - a.nbytes).reshape(a.shape); b[...] = a; return b\n"
+        "rng = np.random.default_rng(0)\n"
+        "for dtype in ('f4', 'f8', 'f2'):\n"
+        "    for shape in ((3, 12, 7, 5), (3, 81, 40, 41), (3, 6, 1, 1)):\n"
+        "        n, c, h, w = shape\n"
+        f"        layout, masked = {layout!r}, {masked}\n"
+        "        full = shape if layout == 'NCHW' else (n, h, w, c)\n"
+        "        draw = lambda s: fenced(rng.standard_normal(s).astype(dtype))\n"
+        "        x, dy, y, weight, bias = draw(full), draw(full), draw(full), draw((c,)), draw((c,))\n"
+        "        mask = None\n"
+        "        if masked:\n"
+        "            mask = np.ones((n, h, w), bool); mask[1, h // 2:] = False; mask[2] = False; mask = fenced(mask)\n"
+        "        for threads in (1, 3):\n"
+        "            gn.set_num_threads(threads)\n"
+        "            gn.group_norm(x, 3, weight, bias, layout=layout, mask=mask, out=y)\n"
+        "            gn.group_norm_vjp(dy, x, 3, weight, bias, layout=layout, mask=mask)\n"
+        "            assert np.isfinite(y).all()\n"
+    )

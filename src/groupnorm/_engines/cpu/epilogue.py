@@ -79,8 +79,7 @@ def _decay_f32(a):
     p = fma(p, g, 0.055503323674201965)
     p = fma(p, g, 0.24022647738456726)
     p = fma(p, g, 0.6931471824645996)
-    p = fma(p, g, 1.0)
-    return select(a > 87.3365, 0.0, bits(bits(p) - (bits(shifted) << 23)))
+    return _decayed(a, shifted, fma(p, g, 1.0))
 
 
 @inlined
@@ -91,7 +90,12 @@ def _decay_coarse(a):
     p = fma(g, 0.009582852944731712, 0.055906426161527634)
     p = fma(p, g, 0.24024099111557007)
     p = fma(p, g, 0.6931241750717163)
-    p = fma(p, g, 1.0)
+    return _decayed(a, shifted, fma(p, g, 1.0))
+
+
+@inlined
+def _decayed(a, shifted, p):
+    """p divided by 2 to the power that lies in the low bits of `shifted`; 0 where that is no normal number."""
     return select(a > 87.3365, 0.0, bits(bits(p) - (bits(shifted) << 23)))
 
 

@@ -162,8 +162,9 @@ def _unary(name: str) -> Any:
 
 @intrinsic
 def quotient(typingctx: Any, a: Any, b: Any) -> Any:
-    """a/b, off by a hair more than half a unit in the last place, for b between 2^-100 and 2^100. With AVX-512 the
-    machine's estimate of 1/b, good to 14 bits, and one step of Newton: 5 cycles for 16 float32 against 10.
+    """a/b, off by little more than half a unit in the last place, for b between 2^-100 and 2^100, and a small number
+    for larger b. With AVX-512 the machine's estimate of 1/b, good to 14 bits, and one step of Newton: 5 cycles for 16
+    float32 against 10.
     """
     lane = _common_lane((a, b))
     assert lane is not None

@@ -50,8 +50,8 @@ def merge(a, b):
 
 @inlined
 def far(x):
-    """The limit of `is_far` for many elements of x's type. Sums of float64 have no wider type to go to: there a pivot
-    must be good: most units are read twice, and stay within the promise, from which 16 variances would be 3 times off.
+    """The limit of `is_far` for many elements of x's type. Sums of float64 have no wider type to go to, so there a
+    pivot must be near: most units are read twice. With 16 variances the promise about y was broken.
     """
     return 0.25 if element_size(x) == 8 else FAR
 
@@ -115,24 +115,10 @@ def few_moments(x, at, length):
     if whole < length:
         s1 += load_first(x, at + whole, length - whole)
     pivot = one_lane(x, total(s0 + s1) * inverse)
-    s0 = s1 = q0 = q1 = zeros(x)
-    for i in range(0, whole - LANES, 2 * LANES):
-        d0, d1 = load(x, at + i) - pivot, load(x, at + i + LANES) - pivot
-        s0 += d0
-        s1 += d1
-        q0 = fma(d0, d0, q0)
-        q1 = fma(d1, d1, q1)
-    if whole % (2 * LANES) != 0:
-        d0 = load(x, at + whole - LANES) - pivot
-        s0 += d0
-        q0 = fma(d0, d0, q0)
-    if whole < length:
-        d1 = select(first_lanes(length - whole), load_first(x, at + whole, length - whole) - pivot, 0.0)
-        s1 += d1
-        q1 = fma(d1, d1, q1)
-    sum_d = total(s0 + s1)
+    s, q = _chunk_sums(x, None, at, 0, 1, length, length, pivot)
+    sum_d = total(s)
     offset = sum_d * inverse
-    return np.float64(length), np.float64(pivot), offset, max(total(q0 + q1) - offset * sum_d, 0.0)
+    return np.float64(length), np.float64(pivot), offset, max(total(q) - offset * sum_d, 0.0)
 
 
 @jitted

@@ -72,6 +72,14 @@ def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count,
     return dx
 
 
+@inlined
+def _coefficients(p, a, x, n, c, lanes, rest, r):
+    """For some channels: a and b of z = h*a + b, where the mean lacks `rest`, and k1 of equation (14), in lane type."""
+    factor, summand = channel_affine(p, a, n, c, lanes)
+    like = zeros(x)
+    return narrow(factor, like), narrow(fma(factor, -rest * r, summand), like), narrow(factor * r, like)
+
+
 @jitted
 def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
     """Write the sums of dz and dz*xhat of each channel of a unit, and that of xhat of all, at its first channel."""
@@ -87,8 +95,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
     for first in range(c, c + channels, LANES):
         lanes = min(c + channels - first, LANES)
-        factor, summand = channel_affine(p, a, n, first, lanes)
-        slope_, shift = narrow(factor, zeros(x)), narrow(fma(factor, -rest * r, summand), zeros(x))
+        slope_, shift, _ = _coefficients(p, a, x, n, first, lanes, rest, r)
         store_first(sums, of_h + first, zeros(sums), lanes)
         if mask is None and flat:  # a position to a channel: lanes can be channels
             h = _xhat(x, mask, xa, ma, lanes, lane_m, lane_r)
@@ -159,9 +166,7 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
     for first in range(c, c + channels, LANES):
         lanes = min(c + channels - first, LANES)
-        factor, summand = channel_affine(p, a, n, first, lanes)
-        slope_, shift = narrow(factor, zeros(x)), narrow(fma(factor, -rest * r, summand), zeros(x))
-        k1 = narrow(factor * r, zeros(x))
+        slope_, shift, k1 = _coefficients(p, a, x, n, first, lanes, rest, r)
         if mask is None and flat:
             v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, lanes, lane_m, lane_r, slope_,
                            shift, k1, lane_k2, lane_k3)  # fmt: skip
@@ -180,31 +185,9 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
 
 @jitted
 def _backward_run(
-    x,
-    dy,
-    dx,
-    dresidual,
-    residual,
-    mask,
-    act,
-    xa,
-    ya,
-    da,
-    sa,
-    ra,
-    ma,
-    length,
-    streaming,
-    ahead_x,
-    ahead_dy,
-    m,
-    r,
-    a,
-    b,
-    k1,
-    k2,
-    k3,
-):
+    x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, streaming, ahead_x, ahead_dy, m, r, a, b,
+    k1, k2, k3,
+):  # fmt: skip
     """dx of a run of one channel."""
     done = 0
     if streaming:

@@ -116,7 +116,7 @@ def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
     first = unit * p.unit
     last = min(first + p.unit, p.S)
     count = _unit_count(p, mask, n, unit)
-    while first < last and not is_real(mask, n * p.S + first):
+    while first < last - 1 and not is_real(mask, n * p.S + first):  # no further than the last row, real or not
         first += 1
     for attempt in range(2):
         for c in range(c0, c1, LANES):
