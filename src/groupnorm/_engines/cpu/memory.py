@@ -8,7 +8,7 @@ an element code from a kernel's closure into Numba's types; from there on everyt
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
@@ -25,6 +25,7 @@ from groupnorm._engines.cpu.simd import (
     Vector,
     call_intrinsic,
     lanes_below,
+    splat,
 )  # fmt: skip
 
 NONE, F16, BF16, FLOAT32, FLOAT64, BOOL = range(6)  # element codes, shared by kernels and their callers
@@ -89,12 +90,15 @@ def one_lane(typingctx: Any, p: Any, number: Any) -> Any:
 
 @intrinsic
 def scratch(typingctx: Any, p: Any) -> Any:
-    """Room for LANES numbers of p's lane type on the stack: one such place for each place in the program."""
+    """Room for LANES * (LANES + 1) numbers of p's lane type on the stack: one such place for each place in the
+    program.
+    """
     result = Pointer(_LANE_OF[p.element])
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        room = cgutils.alloca_once(builder, ir.VectorType(_STORED[result.element], LANES))
-        return builder.ptrtoint(room, I64)
+        room = ir.ArrayType(ir.VectorType(_STORED[result.element], LANES), LANES + 1)
+        with builder.goto_entry_block():  # Numba's own way of doing this fills the room with zeros in each call
+            return builder.ptrtoint(builder.alloca(room), I64)
 
     return result(p), lower
 
@@ -289,6 +293,18 @@ def elements_to_line(p, index):
     if past % size != 0:
         return 1 << 62
     return (LANES - past // size) % LANES
+
+
+@inlined
+def repeat(p, values, lanes, times):
+    """Write each of the first `lanes` values `times` times (at most LANES), and numbers without meaning after them."""
+    store(p, 0, values)
+    if times == 1:
+        return
+    single = scratch(p)
+    store(single, 0, values)
+    for lane in range(lanes):
+        store(p, lane * times, splat(values, load_one(single, lane)))
 
 
 @inlined

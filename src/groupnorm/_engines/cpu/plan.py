@@ -25,6 +25,7 @@ __all__ = ["Launch", "Plan", "make_plan"]
 # elements: channels first, 16 to a lane; beside one outlier of 1e5 std a lane loses 5 roundings, with 64 to a lane 22
 _CHUNK = 1024
 _UNIT = 8 * _CHUNK  # elements: channels first, smallest unit; float32 ones fit the L1 cache for a second reading
+_TOGETHER = 1 << 12  # elements: channels first, groups taken through each phase together, so that one need not wait
 _PART = 1 << 18  # elements: channels first, largest unit, so that one huge channel feeds many threads
 _UNIT_LAST = 1 << 16  # elements: channels last, unit
 _TASK = 1 << 14  # elements: smallest task; 5 us of work against 0.2 us for taking a task
@@ -89,17 +90,12 @@ def _first(p: Problem, num_threads: int) -> Plan:
     chunk = _CHUNK // 2 if p.dtype == "float64" else _CHUNK
     cut = {
         "unit": unit, "parts": parts, "part": part, "units": units, "chunk": chunk, "chunk_rows": max(chunk // p.S, 1),
-        "flat": int(p.S == 1 and all(channel_step == 1 for _, channel_step, _ in p.walks.values())),
+        "dense": int(p.S < LANES and all(channel_step == p.S for _, channel_step, _ in p.walks.values())),
     }  # fmt: skip
     threads = _threads(p, num_threads)
     groups = p.N * p.G
     whole = _balanced(groups, threads)
     backward = p.task == "backward"
-    arrays = 2 if p.task == "backward" else 1
-    in_cache = (
-        3 * arrays * last_channels * p.S * p.itemsize <= CACHES.l2
-    )  # this group, the next one, and what is written
-    cut["ahead"] = p.D if whole and in_cache else 0
     reasons = [f"{groups} groups of {last_channels * p.S} elements for {threads} threads"]
     per_group = p.D * p.S
     groups_per_task = _per_task(groups, per_group, threads)
@@ -112,24 +108,25 @@ def _first(p: Problem, num_threads: int) -> Plan:
     maker = _Maker(p, cut, channels_first)
     by_group = (-(-groups // groups_per_task), groups_per_task * units)
     by_unit = (-(-groups * units // units_per_task), units_per_task)
+    together = max(1, min(int(LANES), _TOGETHER // (last_channels * p.S * arrays)))
     both = channels_first.MOMENTS + channels_first.MERGE + channels_first.APPLY
     if whole:
         reasons.append("groups keep all threads busy: each is taken through all phases while it is in cache")
-        launches = [maker.launch("groups", both, *by_group, threads)]
+        launches = [maker.launch("groups", both, *by_group, threads, together * units)]
     elif backward:
         launches = [maker.launch("sums", channels_first.SUMS, *by_unit, threads),
-                    maker.launch("merge", channels_first.MERGE, *by_group, threads),
+                    maker.launch("merge", channels_first.MERGE, *by_group, threads, units),
                     maker.launch("gradient", channels_first.APPLY, *by_unit, threads)]  # fmt: skip
     elif p.task == "normalize":
         launches = [maker.launch("normalize", channels_first.APPLY, *by_unit, threads)]
     else:
-        step = by_group if p.task == "moments" else by_unit
+        step = (*by_group, threads, units) if p.task == "moments" else (*by_unit, threads)
         launches = [
             maker.launch("moments", channels_first.MOMENTS, *by_unit, threads),
-            maker.launch("merge", channels_first.MERGE, *by_group, threads),
-            maker.launch("normalize", channels_first.APPLY, *step, threads),
+            maker.launch("merge", channels_first.MERGE, *by_group, threads, units),
+            maker.launch("normalize", channels_first.APPLY, *step),
         ]
-    return maker.plan(whole, reasons, launches, work=groups * 2 if backward else 0 if whole else groups * units * 4,
+    return maker.plan(whole, reasons, launches, work=0 if whole else groups * 2 if backward else groups * units * 4,
                       sums=p.N * p.C * parts * 3)  # fmt: skip
 
 
@@ -178,13 +175,15 @@ class _Maker:
         codes = (CODES[problem.dtype], ACTIVATION_CODES[problem.activation], "residual" in problem.walks, problem.mask)
         self.kernel = (kernels.backward_kernel if problem.task == "backward" else kernels.forward_kernel)(*codes)
 
-    def launch(self, name: str, phase: int, tasks: int, per_task: int, threads: int, kernel: Any = None) -> Launch:
+    def launch(
+        self, name: str, phase: int, tasks: int, per_task: int, threads: int, block: int = 1, kernel: Any = None
+    ) -> Launch:
         p = self.problem
         record = np.zeros((), PLAN)
         threads = max(1, min(threads, tasks))
         values = {
             "kernel": (kernel or self.kernel).address, "tasks": tasks, "workers": threads - 1, "phase": phase,
-            "per_task": per_task, "N": p.N, "C": p.C, "S": p.S, "G": p.G, "D": p.D, "eps": p.eps,
+            "per_task": per_task, "block": block, "N": p.N, "C": p.C, "S": p.S, "G": p.G, "D": p.D, "eps": p.eps,
             "stats": p.stats or p.task == "normalize", **self.cut,
             **{name: CODES[getattr(p, name)] for name in ("weight", "bias", "scale", "shift")},
         }  # fmt: skip
@@ -203,7 +202,10 @@ class _Maker:
         if backward and any((p.weight, p.bias, p.scale, p.shift)):
             tasks = -(-p.C // parameters.CHANNELS_PER_TASK)
             threads = 1 if p.N * p.C < _SERIAL else launches[0].threads
-            launches = [*launches, self.launch("parameters", 0, tasks, 1, threads, parameters.parameters_kernel())]
+            launches = [
+                *launches,
+                self.launch("parameters", 0, tasks, 1, threads, kernel=parameters.parameters_kernel()),
+            ]
         stream = p.task != "moments" and p.N * p.C * p.S * p.itemsize >= _STREAM
         statistics = None
         if backward and not p.stats and not whole:

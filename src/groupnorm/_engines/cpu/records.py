@@ -21,6 +21,7 @@ __all__ = [
     "DZ",
     "DZH",
     "FROM_MOMENTS",
+    "GIVEN",
     "PLAN",
     "SHAPED",
     "H",
@@ -32,7 +33,7 @@ __all__ = [
     "sums_at",
 ]
 
-FROM_MOMENTS = 2  # backward in phases: a launch before it has left the moments
+GIVEN, FROM_MOMENTS = 1, 2  # statistics: the caller gave them; a launch before (of backward in phases) left moments
 SHAPED = ("x", "y", "residual", "dy", "dx", "dresidual")  # arrays that are walked by steps
 ARRAYS = ("x", "y", "weight", "bias", "scale", "shift", "residual", "mask", "mean", "rstd", "moments", "dy", "dx",
           "dweight", "dbias", "dscale", "dshift", "dresidual", "work", "sums", "rows")  # fmt: skip
@@ -47,12 +48,12 @@ PLAN = np.dtype(
         *(f"{array}_{axis}" for array in SHAPED for axis in "ncs"),  # steps in elements
         "weight", "bias", "scale", "shift",  # element codes, NONE where there is no such array
         "phase",  # what this launch does, a sum of the phases of the kernel's file
-        "unit", "units", "per_task", "parts", "slab",  # how the work is cut, see the kernel's file
+        "unit", "units", "per_task", "block", "parts", "slab",  # how the work is cut, see the kernel's file
         "part", "chunk_rows",  # channels first: positions of a part, channels of a chunk
         "ahead",  # channels first: with an activation, how many channels further on memory is asked for
-        "flat",  # channels first: 1 if every channel has one position, and its channels are neighbours
+        "dense",  # channels first: 1 if channels have fewer than LANES positions and follow each other in memory
         "chunk",  # channels first: elements whose moments are taken while they are in the L1 cache
-        "stats",  # 1: statistics are given, moments for forward, mean and rstd for backward; FROM_MOMENTS
+        "stats",  # 0, GIVEN (moments for forward, mean and rstd for backward) or FROM_MOMENTS
     )] + [("eps", np.float64)],
     align=True,
 )  # fmt: skip
@@ -81,16 +82,22 @@ def sums_at(p, n, part, kind):
     return ((n * p.parts + part) * 3 + kind) * p.C
 
 
-@jitted
+@inlined
 def coefficients(address, code, index, lanes, default):
     """Elements index to index + lanes of a parameter as a float64 vector; the default in every lane if there is no such
     array. The type is looked up at run time: a parameter is read once for sixteen channels, and a kernel for each
     mixture of types would be compiled for nothing.
     """
+    if code == FLOAT32 and address != 0:  # the usual case, without the call
+        return widen(load_first(pointer(address, FLOAT32), index, lanes))
+    return _other_coefficients(address, code, index, lanes, default)
+
+
+@jitted
+def _other_coefficients(address, code, index, lanes, default):
+    """The same for the rarer types."""
     if code == NONE or address == 0:
         return zeros(pointer(address, FLOAT64)) + default
-    if code == FLOAT32:
-        return widen(load_first(pointer(address, FLOAT32), index, lanes))
     if code == FLOAT64:
         return load_first(pointer(address, FLOAT64), index, lanes)
     if code == BF16:
@@ -98,7 +105,7 @@ def coefficients(address, code, index, lanes, default):
     return widen(load_first(pointer(address, F16), index, lanes))
 
 
-@jitted
+@inlined
 def channel_affine(p, a, n, c, lanes):
     """A and B of z = xhat*A + B for channels c to c + lanes of sample n, as float64 vectors: weight*(1 + scale) and
     bias*(1 + scale) + shift.

@@ -186,6 +186,7 @@ def quotient(typingctx: Any, a: Any, b: Any) -> Any:
 
 nearest = intrinsic(_unary("rint"))  # the nearest whole number, ties to even
 absolute = intrinsic(_unary("fabs"))
+square_root = intrinsic(_unary("sqrt"))
 
 
 @intrinsic

@@ -101,7 +101,7 @@ def run_moments(x, mask, at, mask_at, rows, length, step, chunk_rows, chunk):
     return count, np.float64(pivot), offset, m2
 
 
-@jitted
+@inlined
 def few_moments(x, at, length):
     """Moments of a run of at most FEW elements, read twice from the L1 cache: their own mean is the pivot."""
     inverse = 1.0 / length
@@ -164,7 +164,7 @@ def count_real(mask, at, length):
     return count
 
 
-@jitted
+@inlined
 def out_of_range(x, m2, count, eps):
     """Whether squares may have left float32's range on the way to these moments: beyond 3e38 (then m2 is infinite or
     NaN), or so small that what was lost below 1e-45 shows in var + eps.

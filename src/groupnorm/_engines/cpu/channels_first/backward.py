@@ -4,9 +4,22 @@ from functools import cache
 from typing import Any
 
 from groupnorm._engines.cpu.channels_first.moments import APPLY, MERGE, SUMS, group_moments, unit_extent
-from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
+from groupnorm._engines.cpu.compiler import compiled, inlined, merged
 from groupnorm._engines.cpu.epilogue import activation, slope
-from groupnorm._engines.cpu.groups import backward_statistics, close_sums, given_statistics
+from groupnorm._engines.cpu.groups import (
+    H_SUM,
+    K2,
+    K3,
+    MEAN,
+    REST,
+    RSTD,
+    close_moments,
+    close_sums,
+    following,
+    given_moments,
+    given_statistics,
+    put_moments,
+)  # fmt: skip
 from groupnorm._engines.cpu.memory import (
     BOOL,
     FLOAT32,
@@ -14,11 +27,13 @@ from groupnorm._engines.cpu.memory import (
     NONE,
     elements_to_line,
     fence,
+    load,
     load_first,
     load_one,
     one_lane,
     pointer,
     prefetch,
+    repeat,
     scratch,
     store,
     store_first,
@@ -26,7 +41,7 @@ from groupnorm._engines.cpu.memory import (
     write,
     zeros,
 )  # fmt: skip
-from groupnorm._engines.cpu.records import DZ, DZH, H, call_at, channel_affine, plan_at, sums_at
+from groupnorm._engines.cpu.records import DZ, DZH, FROM_MOMENTS, GIVEN, H, call_at, channel_affine, plan_at, sums_at
 from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, narrow, select, total, widen
 
 __all__ = ["backward_kernel"]
@@ -80,7 +95,7 @@ def _coefficients(p, a, x, n, c, lanes, rest, r):
     return narrow(factor, like), narrow(fma(factor, -rest * r, summand), like), narrow(factor * r, like)
 
 
-@jitted
+@inlined
 def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
     """Write the sums of dz and dz*xhat of each channel of a unit, and that of xhat of all, at its first channel."""
     sums = pointer(a.sums, FLOAT64)
@@ -90,14 +105,13 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
     part = unit % p.parts
     of_dz, of_dzh, of_h = sums_at(p, n, part, DZ), sums_at(p, n, part, DZH), sums_at(p, n, part, H)
     s_h = widen(zeros(x))
-    x_c, dy_c, residual_c, flat = p.x_c, p.dy_c, p.residual_c, p.flat  # read once, see forward.py
+    x_c, dy_c, residual_c, dense = p.x_c, p.dy_c, p.residual_c, p.dense  # read once, see forward.py
     xa, ya = n * p.x_n + c * x_c + start, n * p.dy_n + c * dy_c + start
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
     for first in range(c, c + channels, LANES):
         lanes = min(c + channels - first, LANES)
         slope_, shift, _ = _coefficients(p, a, x, n, first, lanes, rest, r)
-        store_first(sums, of_h + first, zeros(sums), lanes)
-        if mask is None and flat:  # a position to a channel: lanes can be channels
+        if mask is None and dense and length == 1:  # lanes can be channels
             h = _xhat(x, mask, xa, ma, lanes, lane_m, lane_r)
             dz = _dz_vector(h, dy, residual, mask, act, ya, ra, ma, lanes, slope_, shift)
             store_first(sums, of_dz + first, widen(dz), lanes)
@@ -117,7 +131,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
         store_one(sums, of_h + c, total(s_h))
 
 
-@jitted
+@inlined
 def _run_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, r, a, b, s_h):
     """The sums of dz and dz*xhat over a run of a channel, and s_h with xhat added; lanes over chunks, then float64."""
     s_dz = s_dzh = 0.0
@@ -152,26 +166,33 @@ def _run_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, r, a, b, s_
     return s_dz, s_dzh, s_h
 
 
-@jitted
+@inlined
 def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, rest, r, k2, k3):
-    """dx of a unit, channel by channel."""
+    """dx of a unit."""
     c, channels, start, length = unit_extent(p, g, unit)
     lane_m, lane_r = one_lane(x, m), one_lane(x, r)
     lane_k2, lane_k3 = one_lane(x, k2), one_lane(x, k3)
     slopes, shifts, factors = scratch(x), scratch(x), scratch(x)
     x_c, dy_c, dx_c, residual_c, dresidual_c = p.x_c, p.dy_c, p.dx_c, p.residual_c, p.dresidual_c
-    ahead_x, ahead_dy, streaming, flat = p.ahead * x_c, p.ahead * dy_c, a.stream, p.flat
+    ahead_x, ahead_dy, streaming, dense = p.ahead * x_c, p.ahead * dy_c, a.stream, p.dense
     xa, ya = n * p.x_n + c * x_c + start, n * p.dy_n + c * dy_c + start
     da, sa = n * p.dx_n + c * dx_c + start, n * p.dresidual_n + c * dresidual_c + start
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
     for first in range(c, c + channels, LANES):
         lanes = min(c + channels - first, LANES)
         slope_, shift, k1 = _coefficients(p, a, x, n, first, lanes, rest, r)
-        if mask is None and flat:
-            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, lanes, lane_m, lane_r, slope_,
-                           shift, k1, lane_k2, lane_k3)  # fmt: skip
-            store_first(dx, da, v, lanes)
-            xa, ya, da, sa, ra = xa + LANES, ya + LANES, da + LANES, sa + LANES, ra + LANES
+        if mask is None and dense:
+            repeat(slopes, slope_, lanes, length)
+            repeat(shifts, shift, lanes, length)
+            repeat(factors, k1, lanes, length)
+            for i in range(0, lanes * length, LANES):
+                tail = lanes * length - i
+                affine = load(slopes, i), load(shifts, i), load(factors, i)
+                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + i, ya + i, sa + i, ra + i, ma, tail, lane_m,
+                               lane_r, *affine, lane_k2, lane_k3)  # fmt: skip
+                store_first(dx, da + i, v, tail)
+            xa, ya, da = xa + LANES * x_c, ya + LANES * dy_c, da + LANES * dx_c
+            sa, ra = sa + LANES * dresidual_c, ra + LANES * residual_c
             continue
         store(slopes, 0, slope_)
         store(shifts, 0, shift)
@@ -183,7 +204,7 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
             xa, ya, da, sa, ra = xa + x_c, ya + dy_c, da + dx_c, sa + dresidual_c, ra + residual_c
 
 
-@jitted
+@inlined
 def _backward_run(
     x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, streaming, ahead_x, ahead_dy, m, r, a, b,
     k1, k2, k3,
@@ -212,48 +233,65 @@ def _backward_run(
         store_first(dx, da + done, v, tail)
 
 
-@jitted
-def _group_totals(p, a, x, mask, n, g, m, r):
-    """Close the sums of a group, and keep k2 and k3 of dx = dz*k1 + xhat*k2 + k3 for its units."""
-    k2, k3 = close_sums(p, a, x, mask, n, g, m, r)
-    work = pointer(a.work, FLOAT64)
-    store_one(work, (n * p.G + g) * 2, k2)
-    store_one(work, (n * p.G + g) * 2 + 1, k3)
-
-
 @merged
 def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task):
-    work = pointer(a.work, FLOAT64)
-    first = task * p.per_task
-    m = rest = r = k2 = k3 = 0.0
-    group, unit = first // p.units, first % p.units - 1
-    n, g = group // p.G, group % p.G
-    for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
-        unit += 1  # counted on: four divisions would take as long as a tiny group
-        if unit == p.units:
-            unit, group, g = 0, group + 1, g + 1
-            if g == p.G:
-                n, g = n + 1, 0
-        if unit == 0 or index == first:
-            if p.stats:
-                m, rest, r = given_statistics(p, a, mean, rstd, group)
-            else:
-                count, pivot, offset, m2 = group_moments(p, a, x, mask, n, g)
-                m, rest, r = backward_statistics(p, mean, count, pivot + offset, m2)
-        if p.phase == SUMS:
-            _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r)
-            continue
-        if p.phase == MERGE:
-            if unit == 0:
-                _group_totals(p, a, x, mask, n, g, m, r)
-            continue
-        if unit == 0 or index == first:
-            if p.phase != APPLY:
+    work, sums = pointer(a.work, FLOAT64), pointer(a.sums, FLOAT64)
+    room = scratch(work)
+    start = task * p.per_task
+    end = min(start + p.per_task, p.N * p.G * p.units)
+    for first in range(start, end, p.block):
+        last = min(first + p.block, end)
+        group, unit = first // p.units, first % p.units
+        groups = (last - 1) // p.units - group + 1
+        n, g = group // p.G, group % p.G
+        if p.stats == GIVEN:
+            given_statistics(mean, rstd, group, groups, room)
+        else:
+            n_, g_ = n, g
+            for i in range(groups):
+                if p.stats == FROM_MOMENTS:
+                    found = given_moments(a, group + i)
+                else:
+                    found = group_moments(p, a, x, mask, n_, g_)
+                put_moments(room, i, found)
+                n_, g_ = following(p, n_, g_)
+            close_moments(p, x, room, groups)
+        if p.phase & SUMS:
+            i, n_, g_, unit_ = 0, n, g, unit
+            for _ in range(first, last):
+                _unit_sums(p, a, x, dy, residual, mask, act, n_, g_, unit_, load_one(room, MEAN + i),
+                           load_one(room, REST + i), load_one(room, RSTD + i))  # fmt: skip
+                unit_ += 1
+                if unit_ == p.units:
+                    unit_, i = 0, i + 1
+                    n_, g_ = following(p, n_, g_)
+        if p.phase & MERGE:
+            n_, g_ = n, g
+            for i in range(groups):
+                s_h = 0.0
                 for u in range(p.units):
-                    _unit_sums(p, a, x, dy, residual, mask, act, n, g, u, m, rest, r)
-                _group_totals(p, a, x, mask, n, g, m, r)
-            k2, k3 = load_one(work, group * 2), load_one(work, group * 2 + 1)
-        _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, rest, r, k2, k3)
+                    c, channels, _, _ = unit_extent(p, g_, u)
+                    if channels > 0:
+                        s_h += load_one(sums, sums_at(p, n_, u % p.parts, H) + c)
+                store_one(room, H_SUM + i, s_h)
+                n_, g_ = following(p, n_, g_)
+            close_sums(p, a, x, mask, n, g, groups, room)
+            if p.phase == MERGE:
+                store_one(work, group * 2, load_one(room, K2))
+                store_one(work, group * 2 + 1, load_one(room, K3))
+        if p.phase & APPLY:
+            if p.phase == APPLY:
+                store_one(room, K2, load_one(work, group * 2))
+                store_one(room, K3, load_one(work, group * 2 + 1))
+            i = 0
+            for _ in range(first, last):
+                _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, load_one(room, MEAN + i),
+                               load_one(room, REST + i), load_one(room, RSTD + i), load_one(room, K2 + i),
+                               load_one(room, K3 + i))  # fmt: skip
+                unit += 1
+                if unit == p.units:
+                    unit, i = 0, i + 1
+                    n, g = following(p, n, g)
     fence()
 
 

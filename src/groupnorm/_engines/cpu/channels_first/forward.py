@@ -3,8 +3,6 @@
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from groupnorm._engines.cpu.channels_first.moments import (
     APPLY,
     MERGE,
@@ -15,8 +13,18 @@ from groupnorm._engines.cpu.channels_first.moments import (
     unit_extent,
     unit_moments,
 )  # fmt: skip
-from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
+from groupnorm._engines.cpu.compiler import compiled, inlined, merged
 from groupnorm._engines.cpu.epilogue import activate, activation
+from groupnorm._engines.cpu.groups import (
+    MEAN,
+    REST,
+    RSTD,
+    close_moments,
+    following,
+    given_moments,
+    put_moments,
+    write_statistics,
+)  # fmt: skip
 from groupnorm._engines.cpu.memory import (
     BOOL,
     FLOAT32,
@@ -24,15 +32,16 @@ from groupnorm._engines.cpu.memory import (
     NONE,
     elements_to_line,
     fence,
+    load,
     load_first,
     load_one,
     one_lane,
     pointer,
     prefetch,
+    repeat,
     scratch,
     store,
     store_first,
-    store_one,
     write,
     zeros,
 )  # fmt: skip
@@ -55,14 +64,14 @@ def _forward_vector(x, residual, mask, act, xa, ra, ma, count, m, a, b):
     return z
 
 
-@jitted
+@inlined
 def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
-    """y of a unit, channel by channel: `m` is the mean in lane precision, `m_rest` what that lacks, r is rstd."""
+    """y of a unit: `m` is the mean in lane precision, `m_rest` what that lacks, r is rstd."""
     c, channels, start, length = unit_extent(p, g, unit)
     lane_m = one_lane(x, m)
     slopes, shifts = scratch(x), scratch(x)
     # Read once: after each store the compiler would read a record's fields again, a third of the time of 64 positions.
-    x_c, y_c, residual_c, ahead, streaming, flat = p.x_c, p.y_c, p.residual_c, p.ahead * p.x_c, a.stream, p.flat
+    x_c, y_c, residual_c, ahead, streaming, dense = p.x_c, p.y_c, p.residual_c, p.ahead * p.x_c, a.stream, p.dense
     xa, ya = n * p.x_n + c * x_c + start, n * p.y_n + c * y_c + start
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
     for first in range(c, c + channels, LANES):
@@ -70,10 +79,15 @@ def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
         factor, summand = channel_affine(p, a, n, first, lanes)
         slope_ = narrow(factor * r, zeros(x))
         shift = narrow(fma(widen(slope_), -m_rest, summand), zeros(x))
-        if mask is None and flat:  # a position to a channel: lanes can be channels
-            v = _forward_vector(x, residual, mask, act, xa, ra, ma, lanes, lane_m, slope_, shift)
-            store_first(y, ya, v, lanes)
-            xa, ya, ra = xa + LANES, ya + LANES, ra + LANES
+        if mask is None and dense:
+            repeat(slopes, slope_, lanes, length)
+            repeat(shifts, shift, lanes, length)
+            for i in range(0, lanes * length, LANES):
+                rest = lanes * length - i
+                v = _forward_vector(x, residual, mask, act, xa + i, ra + i, ma, rest, lane_m, load(slopes, i),
+                                    load(shifts, i))  # fmt: skip
+                store_first(y, ya + i, v, rest)
+            xa, ya, ra = xa + LANES * x_c, ya + LANES * y_c, ra + LANES * residual_c
             continue
         store(slopes, 0, slope_)
         store(shifts, 0, shift)
@@ -83,7 +97,7 @@ def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
             xa, ya, ra = xa + x_c, ya + y_c, ra + residual_c
 
 
-@jitted
+@inlined
 def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, ahead, m, a, b):
     """y of a run of one channel."""
     done = 0
@@ -105,63 +119,45 @@ def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, a
         store_first(y, ya + done, v, rest)
 
 
-@jitted
-def _results(p, a, x, mean, rstd, group, unit, found):
-    """Mean in lane precision, what that lacks, and rstd of a group; the group's first unit writes what the caller asked
-    for.
-    """
-    count, pivot, offset, m2 = found
-    m = np.float64(one_lane(x, pivot + offset))
-    m_rest = (pivot - m) + offset
-    r = 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)
-    if unit == 0:
-        if a.moments != 0 and not p.stats:
-            moments = pointer(a.moments, FLOAT64)
-            store_one(moments, group * 3, count)
-            store_one(moments, group * 3 + 1, pivot + offset)
-            store_one(moments, group * 3 + 2, m2)
-        if a.mean != 0:
-            store_one(mean, group, one_lane(mean, m + m_rest))
-            store_one(rstd, group, one_lane(rstd, r))
-    return m, m_rest, r
-
-
 @merged
 def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):
-    given = pointer(a.moments, FLOAT64)
-    first = task * p.per_task
-    m = m_rest = r = 0.0
-    group, unit = first // p.units, first % p.units - 1
-    n, g = group // p.G, group % p.G
-    for index in range(first, min(first + p.per_task, p.N * p.G * p.units)):
-        unit += 1  # counted on: four divisions would take as long as a tiny group
-        if unit == p.units:
-            unit, group, g = 0, group + 1, g + 1
-            if g == p.G:
-                n, g = n + 1, 0
+    room = scratch(pointer(a.work, FLOAT64))
+    start = task * p.per_task
+    end = min(start + p.per_task, p.N * p.G * p.units)
+    for first in range(start, end, p.block):
+        last = min(first + p.block, end)
+        group, unit = first // p.units, first % p.units
+        n, g = group // p.G, group % p.G
         if p.phase == MOMENTS:
-            store_moments(a, index, unit_moments(p, x, mask, n, g, unit))
+            store_moments(a, first, unit_moments(p, x, mask, n, g, unit))
             continue
         if p.phase == MERGE:  # into the place of the group's first unit
-            if unit == 0:
-                store_moments(a, index, group_moments(p, a, x, mask, n, g))
+            store_moments(a, first, group_moments(p, a, x, mask, n, g))
             continue
-        if unit == 0 or index == first:
-            found = (0.0, 0.0, 0.0, 0.0)
+        groups = (last - 1) // p.units - group + 1
+        n_, g_ = n, g
+        for i in range(groups):
             if p.stats:
-                found = (
-                    load_one(given, group * 3),
-                    load_one(given, group * 3 + 1),
-                    0.0,
-                    load_one(given, group * 3 + 2),
-                )
+                found = given_moments(a, group + i)
             elif p.phase == APPLY:
-                found = load_moments(a, group * p.units)
+                found = load_moments(a, (group + i) * p.units)
             else:
-                found = group_moments(p, a, x, mask, n, g)
-            m, m_rest, r = _results(p, a, x, mean, rstd, group, unit, found)
-        if a.y != 0:
-            _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r)
+                found = group_moments(p, a, x, mask, n_, g_)
+            put_moments(room, i, found)
+            n_, g_ = following(p, n_, g_)
+        close_moments(p, x, room, groups)
+        if unit == 0:
+            write_statistics(p, a, mean, rstd, room, group, groups)
+        if a.y == 0:
+            continue
+        i = 0
+        for _ in range(first, last):
+            _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, load_one(room, MEAN + i),
+                          load_one(room, REST + i), load_one(room, RSTD + i))  # fmt: skip
+            unit += 1
+            if unit == p.units:
+                unit, i = 0, i + 1
+                n, g = following(p, n, g)
     fence()
 
 

@@ -56,7 +56,7 @@ def group_moments(p, a, x, mask, n, g):
             piece = load_moments(a, (n * p.G + g) * p.units + unit)
         else:
             piece = unit_moments(p, x, mask, n, g, unit)
-        found = merge(found, piece)
+        found = piece if unit == 0 else merge(found, piece)
     count, _, _, m2 = found
     if out_of_range(x, m2, count, p.eps):
         first, last = group_channels(p, g)

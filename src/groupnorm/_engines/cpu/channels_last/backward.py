@@ -14,15 +14,24 @@ from groupnorm._engines.cpu.channels_last.moments import (
     group_moments,
     merge_units,
     slab_channels,
+    slab_groups,
     unit_moments,
 )  # fmt: skip
 from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activation, slope
 from groupnorm._engines.cpu.groups import (
-    backward_statistics,
+    H_SUM,
+    K2,
+    K3,
+    MEAN,
+    REST,
+    RSTD,
+    close_moments,
     close_sums,
+    given_moments,
     given_statistics,
     group_channels,
+    put_moments,
     real_positions,
 )  # fmt: skip
 from groupnorm._engines.cpu.memory import (
@@ -38,13 +47,15 @@ from groupnorm._engines.cpu.memory import (
     one_lane,
     pointer,
     prefetch,
+    scratch,
     shifted,
     store_first,
+    store_one,
     write,
     zeros,
 )  # fmt: skip
-from groupnorm._engines.cpu.records import DZ, call_at, channel_affine, plan_at, sums_at
-from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
+from groupnorm._engines.cpu.records import DZ, FROM_MOMENTS, GIVEN, H, call_at, channel_affine, plan_at, sums_at
+from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, total, widen
 from groupnorm._engines.cpu.statistics import is_real
 
 __all__ = ["BACKWARD_PLANES", "PLANES", "backward_kernel"]
@@ -144,48 +155,66 @@ def _add_sums(sums, at, next_, s_dz, s_dzh, s_h, starts, lanes):
     store_first(sums, at + 2 * next_, wide_h, lanes)
 
 
+@inlined
+def _statistics(p, a, x, mask, mean, rstd, n, slot, start, groups, rows, room):
+    """Mean, what rounding it lost, and rstd of some groups, given or from their `rows` real rows."""
+    if p.stats == GIVEN:
+        given_statistics(mean, rstd, n * p.G + start, groups, room)
+        return
+    for i in range(groups):
+        if p.stats == FROM_MOMENTS:
+            found = given_moments(a, n * p.G + start + i)
+        else:
+            found = group_moments(p, a, x, mask, n, slot, start + i, rows)
+        put_moments(room, i, found)
+    close_moments(p, x, room, groups)
+
+
 @jitted
 def _backward_planes(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
     """The planes m, r, a, b of channels c0..c1; without given statistics from the units' moments."""
+    room = scratch(pointer(a.work, FLOAT64))
+    at = slot * BACKWARD_PLANES * p.C
     rows = 0.0
     if not p.stats:
         rows = merge_units(p, a, x, mask, n, slot, c0, c1)
-    at = slot * BACKWARD_PLANES * p.C
-    for g in range(c0 // p.D, p.G):
-        first, last = group_channels(p, g)
-        if first >= c1:
-            break
-        m, rest, r = _statistics(p, a, x, mask, mean, rstd, n, slot, g, rows)
-        for c in range(first, last, LANES):
-            factor, summand = channel_affine(p, a, n, c, last - c)
-            store_first(rows_, at + c, zeros(rows_) + one_lane(rows_, m), last - c)
-            store_first(rows_, at + p.C + c, zeros(rows_) + one_lane(rows_, r), last - c)
-            store_first(rows_, at + 2 * p.C + c, narrow(factor, zeros(rows_)), last - c)
-            store_first(rows_, at + 3 * p.C + c, narrow(fma(factor, -rest * r, summand), zeros(rows_)), last - c)
-
-
-@jitted
-def _statistics(p, a, x, mask, mean, rstd, n, slot, g, rows):
-    """Mean, what rounding it lost, and rstd of a group, given or from its `rows` real rows."""
-    if p.stats:
-        return given_statistics(p, a, mean, rstd, n * p.G + g)
-    count, pivot, offset, m2 = group_moments(p, a, x, mask, n, slot, g, rows)
-    return backward_statistics(p, mean, count, pivot + offset, m2)
+    g0, g1 = slab_groups(p, c0, c1)
+    for start in range(g0, g1, LANES):
+        groups = min(LANES, g1 - start)
+        _statistics(p, a, x, mask, mean, rstd, n, slot, start, groups, rows, room)
+        for i in range(groups):
+            first, last = group_channels(p, start + i)
+            m, rest, r = load_one(room, MEAN + i), load_one(room, REST + i), load_one(room, RSTD + i)
+            for c in range(first, last, LANES):
+                factor, summand = channel_affine(p, a, n, c, last - c)
+                store_first(rows_, at + c, zeros(rows_) + one_lane(rows_, m), last - c)
+                store_first(rows_, at + p.C + c, zeros(rows_) + one_lane(rows_, r), last - c)
+                store_first(rows_, at + 2 * p.C + c, narrow(factor, zeros(rows_)), last - c)
+                store_first(rows_, at + 3 * p.C + c, narrow(fma(factor, -rest * r, summand), zeros(rows_)), last - c)
 
 
 @jitted
 def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
     """Close the sums of the groups in channels c0..c1, and fill their planes k2 and k3."""
+    sums, room = pointer(a.sums, FLOAT64), scratch(pointer(a.work, FLOAT64))
     at = slot * BACKWARD_PLANES * p.C
-    for g in range(c0 // p.D, p.G):
-        first, last = group_channels(p, g)
-        if first >= c1:
-            break
-        m, _, r = _statistics(p, a, x, mask, mean, rstd, n, slot, g, real_positions(p, mask, n))
-        k2, k3 = close_sums(p, a, x, mask, n, g, m, r)
-        for c in range(first, last, LANES):
-            store_first(rows_, at + 4 * p.C + c, zeros(rows_) + one_lane(rows_, k2), last - c)
-            store_first(rows_, at + 5 * p.C + c, zeros(rows_) + one_lane(rows_, k3), last - c)
+    g0, g1 = slab_groups(p, c0, c1)
+    for start in range(g0, g1, LANES):
+        groups = min(LANES, g1 - start)
+        _statistics(p, a, x, mask, mean, rstd, n, slot, start, groups, real_positions(p, mask, n), room)
+        for i in range(groups):
+            first, last = group_channels(p, start + i)
+            s_h = zeros(sums)
+            for part in range(p.parts):
+                for c in range(first, last, LANES):
+                    s_h += load_first(sums, sums_at(p, n, part, H) + c, last - c)
+            store_one(room, H_SUM + i, total(s_h))
+        close_sums(p, a, x, mask, n, start, groups, room)
+        for i in range(groups):
+            first, last = group_channels(p, start + i)
+            for c in range(first, last, LANES):
+                store_first(rows_, at + 4 * p.C + c, zeros(rows_) + one_lane(rows_, load_one(room, K2 + i)), last - c)
+                store_first(rows_, at + 5 * p.C + c, zeros(rows_) + one_lane(rows_, load_one(room, K3 + i)), last - c)
 
 
 @inlined

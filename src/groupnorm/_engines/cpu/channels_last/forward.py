@@ -14,11 +14,21 @@ from groupnorm._engines.cpu.channels_last.moments import (
     group_moments,
     merge_units,
     slab_channels,
+    slab_groups,
     unit_moments,
 )  # fmt: skip
 from groupnorm._engines.cpu.compiler import compiled, inlined, jitted, merged
 from groupnorm._engines.cpu.epilogue import activate, activation
-from groupnorm._engines.cpu.groups import group_channels
+from groupnorm._engines.cpu.groups import (
+    MEAN,
+    REST,
+    RSTD,
+    close_moments,
+    given_moments,
+    group_channels,
+    put_moments,
+    write_statistics,
+)  # fmt: skip
 from groupnorm._engines.cpu.memory import (
     BOOL,
     FLOAT32,
@@ -32,8 +42,8 @@ from groupnorm._engines.cpu.memory import (
     one_lane,
     pointer,
     prefetch,
+    scratch,
     store_first,
-    store_one,
     write,
     zeros,
 )  # fmt: skip
@@ -48,32 +58,27 @@ FORWARD_PLANES = 3  # m, a, b
 @jitted
 def _merge(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
     """From the units' moments (or given ones) to mean, rstd and the planes m, a, b of channels c0..c1."""
-    moments = pointer(a.moments, FLOAT64)
+    room = scratch(pointer(a.work, FLOAT64))
+    at = slot * FORWARD_PLANES * p.C
     rows = 0.0
     if not p.stats:
         rows = merge_units(p, a, x, mask, n, slot, c0, c1)
-    for g in range(c0 // p.D, p.G):
-        first, last = group_channels(p, g)
-        if first >= c1:
-            break
-        group = n * p.G + g
-        if p.stats:
-            count, pivot = load_one(moments, group * 3), load_one(moments, group * 3 + 1)
-            offset, m2 = 0.0, load_one(moments, group * 3 + 2)
-        else:
-            count, pivot, offset, m2 = group_moments(p, a, x, mask, n, slot, g, rows)
-            if a.moments != 0:
-                store_one(moments, group * 3, count)
-                store_one(moments, group * 3 + 1, pivot + offset)
-                store_one(moments, group * 3 + 2, m2)
-        m = np.float64(one_lane(x, pivot + offset))
-        rest = (pivot - m) + offset
-        r = 1.0 / np.sqrt(m2 / max(count, 1.0) + p.eps)
-        if a.mean != 0:
-            store_one(mean, group, one_lane(mean, m + rest))
-            store_one(rstd, group, one_lane(rstd, r))
-        if a.y != 0:
-            at = slot * FORWARD_PLANES * p.C
+    g0, g1 = slab_groups(p, c0, c1)
+    for start in range(g0, g1, LANES):
+        groups = min(LANES, g1 - start)
+        for i in range(groups):
+            if p.stats:
+                found = given_moments(a, n * p.G + start + i)
+            else:
+                found = group_moments(p, a, x, mask, n, slot, start + i, rows)
+            put_moments(room, i, found)
+        close_moments(p, x, room, groups)
+        write_statistics(p, a, mean, rstd, room, n * p.G + start, groups)
+        if a.y == 0:
+            continue
+        for i in range(groups):
+            first, last = group_channels(p, start + i)
+            m, rest, r = load_one(room, MEAN + i), load_one(room, REST + i), load_one(room, RSTD + i)
             for c in range(first, last, LANES):
                 factor, summand = channel_affine(p, a, n, c, last - c)
                 slope_ = narrow(factor * r, zeros(rows_))

@@ -4,7 +4,17 @@ import numpy as np
 
 from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.groups import group_channels
-from groupnorm._engines.cpu.memory import FLOAT64, load, load_first, load_one, pointer, prefetch, store_first, zeros
+from groupnorm._engines.cpu.memory import (
+    FLOAT64,
+    load,
+    load_first,
+    load_one,
+    one_lane,
+    pointer,
+    prefetch,
+    store_first,
+    zeros,
+)
 from groupnorm._engines.cpu.simd import LANES, any_of, first_lanes, fma, narrow, select, total, widen
 from groupnorm._engines.cpu.statistics import (
     count_real,
@@ -27,6 +37,7 @@ __all__ = [
     "group_moments",
     "merge_units",
     "slab_channels",
+    "slab_groups",
     "unit_moments",
 ]  # fmt: skip
 
@@ -107,6 +118,29 @@ def _close_unit(x, work, at, C, count, c0, c1):
 
 
 @jitted
+def _few_rows(x, work, work_at, C, at, rows, step, c0, c1):
+    """Pivot, offset and m2 of channels c0..c1 of at most TILE rows, read twice from the L1 cache: their own means are
+    the pivots.
+    """
+    inverse = 1.0 / rows
+    for c in range(c0, c1, LANES):
+        lanes = c1 - c
+        s = q = mean = zeros(x)
+        for r in range(rows):
+            mean += load_first(x, at + r * step + c, lanes)
+        mean = mean * one_lane(x, inverse)
+        for r in range(rows):
+            d = load_first(x, at + r * step + c, lanes) - mean
+            s += d
+            q = fma(d, d, q)
+        offset = widen(s) * inverse
+        m2 = fma(widen(s), 0.0 - offset, widen(q))
+        store_first(work, work_at + c, widen(mean), lanes)
+        store_first(work, work_at + C + c, offset, lanes)
+        store_first(work, work_at + 2 * C + c, select(m2 < 0.0, 0.0, m2), lanes)
+
+
+@jitted
 def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
     """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into place `slot` of work. The first real
     row is the pivot; where that was far from the mean for some channel, see statistics.py, the rows are read again.
@@ -115,6 +149,9 @@ def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
     work_at = (slot * p.units + unit) * 3 * p.C
     first = unit * p.unit
     last = min(first + p.unit, p.S)
+    if mask is None and last - first <= TILE:
+        _few_rows(x, work, work_at, p.C, n * p.x_n + first * p.x_s, last - first, p.x_s, c0, c1)
+        return
     count = _unit_count(p, mask, n, unit)
     while first < last - 1 and not is_real(mask, n * p.S + first):  # no further than the last row, real or not
         first += 1
@@ -225,3 +262,9 @@ def slab_channels(p, slab):
     """First channel of a slab, and the one after its last; the last slab takes what remains."""
     c0 = slab * p.slab
     return c0, p.C if c0 + 2 * p.slab > p.C else c0 + p.slab
+
+
+@inlined
+def slab_groups(p, c0, c1):
+    """First group of channels c0..c1, and the one after the last."""
+    return c0 // p.D, p.G if c1 == p.C else c1 // p.D
