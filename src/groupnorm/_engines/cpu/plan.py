@@ -18,6 +18,7 @@ from groupnorm._engines.cpu.epilogue import ACTIVATION_CODES
 from groupnorm._engines.cpu.memory import CODES
 from groupnorm._engines.cpu.records import FROM_MOMENTS, PLAN, SHAPED
 from groupnorm._engines.cpu.simd import LANES
+from groupnorm._engines.cpu.statistics import FEW
 from groupnorm._engines.cpu.threads import MAX_WORKERS
 
 __all__ = ["Launch", "Plan", "make_plan"]
@@ -90,6 +91,7 @@ def _first(p: Problem, num_threads: int) -> Plan:
     chunk = _CHUNK // 2 if p.dtype == "float64" else _CHUNK
     cut = {
         "unit": unit, "parts": parts, "part": part, "units": units, "chunk": chunk, "chunk_rows": max(chunk // p.S, 1),
+        "few": int(last_channels * p.S <= FEW and p.walks["x"][1] in (p.S, 0) and p.dtype != "float64"),
         "dense": int(p.S < LANES and all(channel_step == p.S for _, channel_step, _ in p.walks.values())),
     }  # fmt: skip
     threads = _threads(p, num_threads)
@@ -136,7 +138,8 @@ def _last(p: Problem, num_threads: int) -> Plan:
     units = -(-p.S // unit)
     threads = _threads(p, num_threads)
     slab = _slab(p, threads)
-    cut = {"unit": unit, "units": units, "parts": units, "slab": slab}
+    few = int(block >= p.S and p.dtype != "float64")  # then what is done by channel would take longer than the rows
+    cut = {"unit": unit, "units": units, "parts": units, "slab": slab, "few": few}
     slabs = p.N * max(p.C // slab, 1)
     whole = _balanced(slabs, threads)
     reasons = [f"{slabs} slabs of {slab} channels for {threads} threads"]

@@ -51,6 +51,7 @@ PLAN = np.dtype(
         "unit", "units", "per_task", "block", "parts", "slab",  # how the work is cut, see the kernel's file
         "part", "chunk_rows",  # channels first: positions of a part, channels of a chunk
         "ahead",  # channels first: with an activation, how many channels further on memory is asked for
+        "few",  # 1 if the moments of a group are taken as those of few elements, see statistics.py
         "dense",  # channels first: 1 if channels have fewer than LANES positions and follow each other in memory
         "chunk",  # channels first: elements whose moments are taken while they are in the L1 cache
         "stats",  # 0, GIVEN (moments for forward, mean and rstd for backward) or FROM_MOMENTS

@@ -31,7 +31,7 @@ __all__ = [
 
 # (mean - pivot)^2 in variances up to which a pivot is good, if there are many elements, whose roundings average out
 FAR = 16.0
-FEW = 32 * LANES  # elements up to which reading twice costs less than to look after a pivot
+FEW = 32 * LANES  # elements up to which wide lanes cost less than to look after a pivot
 
 
 @jitted
@@ -102,23 +102,27 @@ def run_moments(x, mask, at, mask_at, rows, length, step, chunk_rows, chunk):
 
 
 @inlined
-def few_moments(x, at, length):
-    """Moments of a run of at most FEW elements, read twice from the L1 cache: their own mean is the pivot."""
-    inverse = 1.0 / length
+def few_moments(x, at, rows, length, step):
+    """Moments of `rows` runs of `length` elements, `step` apart, that are few altogether and of 16 or 32 bits: in
+    float64 lanes no pivot can be far.
+    """
+    pivot = np.float64(load_one(x, at))
+    s = q = widen(zeros(x))
     whole = length // LANES * LANES
-    s0 = s1 = zeros(x)
-    for i in range(0, whole - LANES, 2 * LANES):
-        s0 += load(x, at + i)
-        s1 += load(x, at + i + LANES)
-    if whole % (2 * LANES) != 0:
-        s0 += load(x, at + whole - LANES)
-    if whole < length:
-        s1 += load_first(x, at + whole, length - whole)
-    pivot = one_lane(x, total(s0 + s1) * inverse)
-    s, q = _chunk_sums(x, None, at, 0, 1, length, length, pivot)
-    sum_d = total(s)
-    offset = sum_d * inverse
-    return np.float64(length), np.float64(pivot), offset, max(total(q) - offset * sum_d, 0.0)
+    for r in range(rows):
+        first = at + r * step
+        for i in range(0, whole, LANES):
+            d = widen(load(x, first + i)) - pivot
+            s += d
+            q = fma(d, d, q)
+        if whole < length:
+            rest = length - whole
+            d = select(first_lanes(rest), widen(load_first(x, first + whole, rest)) - pivot, 0.0)
+            s += d
+            q = fma(d, d, q)
+    count, sum_d = np.float64(rows * length), total(s)
+    offset = sum_d / count
+    return count, pivot, offset, max(total(q) - offset * sum_d, 0.0)
 
 
 @jitted

@@ -131,9 +131,6 @@ def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):
         if p.phase == MOMENTS:
             store_moments(a, first, unit_moments(p, x, mask, n, g, unit))
             continue
-        if p.phase == MERGE:  # into the place of the group's first unit
-            store_moments(a, first, group_moments(p, a, x, mask, n, g))
-            continue
         groups = (last - 1) // p.units - group + 1
         n_, g_ = n, g
         for i in range(groups):
@@ -143,8 +140,12 @@ def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):
                 found = load_moments(a, (group + i) * p.units)
             else:
                 found = group_moments(p, a, x, mask, n_, g_)
+            if p.phase == MERGE:  # into the place of the group's first unit
+                store_moments(a, first + i * p.units, found)
             put_moments(room, i, found)
             n_, g_ = following(p, n_, g_)
+        if p.phase == MERGE:
+            continue
         close_moments(p, x, room, groups)
         if unit == 0:
             write_statistics(p, a, mean, rstd, room, group, groups)

@@ -1,9 +1,9 @@
 """Channels first: how a group is cut, and the moments of its pieces."""
 
-from groupnorm._engines.cpu.compiler import jitted
+from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.groups import group_channels
 from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer, store_one
-from groupnorm._engines.cpu.statistics import FEW, few_moments, merge, moments_by_element, out_of_range, run_moments
+from groupnorm._engines.cpu.statistics import few_moments, merge, moments_by_element, out_of_range, run_moments
 
 __all__ = [
     "APPLY",
@@ -42,25 +42,26 @@ def unit_moments(p, x, mask, n, g, unit):
     at = n * p.x_n + c * p.x_c + start
     if channels > 1 and mask is None and p.x_c == p.S:  # the unit's channels are one run
         length, channels = length * channels, 1
-    if mask is None and channels == 1 and length <= FEW:
-        return few_moments(x, at, length)
     return run_moments(x, mask, at, n * p.S + start, channels, length, p.x_c, p.chunk_rows, p.chunk)
 
 
-@jitted
+@inlined
 def group_moments(p, a, x, mask, n, g):
     """Moments of a group: its units merged, from `work` in a launch of its own, else computed here."""
-    found = (0.0, 0.0, 0.0, 0.0)
-    for unit in range(p.units):
-        if p.phase == MERGE:
-            piece = load_moments(a, (n * p.G + g) * p.units + unit)
-        else:
-            piece = unit_moments(p, x, mask, n, g, unit)
-        found = piece if unit == 0 else merge(found, piece)
+    first, last = group_channels(p, g)
+    at = n * p.x_n + first * p.x_c
+    if mask is None and p.few:
+        found = few_moments(x, at, 1, (last - first) * p.S, 0)
+    else:
+        found = (0.0, 0.0, 0.0, 0.0)
+        for unit in range(p.units):
+            if p.phase == MERGE:
+                piece = load_moments(a, (n * p.G + g) * p.units + unit)
+            else:
+                piece = unit_moments(p, x, mask, n, g, unit)
+            found = merge(found, piece)
     count, _, _, m2 = found
     if out_of_range(x, m2, count, p.eps):
-        first, last = group_channels(p, g)
-        at = n * p.x_n + first * p.x_c
         found = moments_by_element(x, mask, at, n * p.S, last - first, p.x_c, p.S, 1)
     return found
 

@@ -9,7 +9,6 @@ from groupnorm._engines.cpu.memory import (
     load,
     load_first,
     load_one,
-    one_lane,
     pointer,
     prefetch,
     store_first,
@@ -19,6 +18,7 @@ from groupnorm._engines.cpu.simd import LANES, any_of, first_lanes, fma, narrow,
 from groupnorm._engines.cpu.statistics import (
     count_real,
     far,
+    few_moments,
     fewer,
     is_far,
     is_real,
@@ -118,40 +118,17 @@ def _close_unit(x, work, at, C, count, c0, c1):
 
 
 @jitted
-def _few_rows(x, work, work_at, C, at, rows, step, c0, c1):
-    """Pivot, offset and m2 of channels c0..c1 of at most TILE rows, read twice from the L1 cache: their own means are
-    the pivots.
-    """
-    inverse = 1.0 / rows
-    for c in range(c0, c1, LANES):
-        lanes = c1 - c
-        s = q = mean = zeros(x)
-        for r in range(rows):
-            mean += load_first(x, at + r * step + c, lanes)
-        mean = mean * one_lane(x, inverse)
-        for r in range(rows):
-            d = load_first(x, at + r * step + c, lanes) - mean
-            s += d
-            q = fma(d, d, q)
-        offset = widen(s) * inverse
-        m2 = fma(widen(s), 0.0 - offset, widen(q))
-        store_first(work, work_at + c, widen(mean), lanes)
-        store_first(work, work_at + C + c, offset, lanes)
-        store_first(work, work_at + 2 * C + c, select(m2 < 0.0, 0.0, m2), lanes)
-
-
-@jitted
 def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
     """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into place `slot` of work. The first real
     row is the pivot; where that was far from the mean for some channel, see statistics.py, the rows are read again.
+    With few rows there is nothing to do before `group_moments`.
     """
+    if mask is None and p.few:
+        return
     work = pointer(a.work, FLOAT64)
     work_at = (slot * p.units + unit) * 3 * p.C
     first = unit * p.unit
     last = min(first + p.unit, p.S)
-    if mask is None and last - first <= TILE:
-        _few_rows(x, work, work_at, p.C, n * p.x_n + first * p.x_s, last - first, p.x_s, c0, c1)
-        return
     count = _unit_count(p, mask, n, unit)
     while first < last - 1 and not is_real(mask, n * p.S + first):  # no further than the last row, real or not
         first += 1
@@ -207,6 +184,8 @@ def _unit_count(p, mask, n, unit):
 @jitted
 def merge_units(p, a, x, mask, n, slot, c0, c1):
     """Merge the units of sample n into its first unit's place, per channel; returns the number of real rows."""
+    if mask is None and p.few:
+        return np.float64(p.S)
     work = pointer(a.work, FLOAT64)
     to = slot * p.units * 3 * p.C
     before = _unit_count(p, mask, n, 0)
@@ -230,16 +209,29 @@ def merge_units(p, a, x, mask, n, slot, c0, c1):
 
 @jitted
 def group_moments(p, a, x, mask, n, slot, g, rows):
-    """Moments (count, pivot, offset, m2) of group g from those of its channels, which all have `rows` elements.
+    """Moments (count, pivot, offset, m2) of group g, whose channels all have `rows` elements."""
+    if rows == 0.0:
+        return 0.0, 0.0, 0.0, 0.0
+    first, last = group_channels(p, g)
+    if mask is None and p.few:
+        found = few_moments(x, n * p.x_n + first, p.S, last - first, p.x_s)
+    else:
+        found = _of_channels(p, a, slot, first, last, rows)
+    count, _, _, m2 = found
+    if out_of_range(x, m2, count, p.eps):
+        found = moments_by_element(x, mask, n * p.x_n + first, n * p.S, last - first, 1, p.S, p.x_s)
+    return found
+
+
+@inlined
+def _of_channels(p, a, slot, first, last, rows):
+    """The same from the moments of channels first to last.
 
     The mean of the first channel is the pivot. It cannot be far from the group's mean: with D channels the square of
     its distance is part of the variance, divided by D.
     """
-    if rows == 0.0:
-        return 0.0, 0.0, 0.0, 0.0
     work = pointer(a.work, FLOAT64)
     at = slot * p.units * 3 * p.C
-    first, last = group_channels(p, g)
     pivot = load_one(work, at + first)
     s = q = zeros(work)
     for c in range(first, last, LANES):
@@ -250,11 +242,7 @@ def group_moments(p, a, x, mask, n, slot, g, rows):
         q += fma(d * rows, d, load_first(work, at + 2 * p.C + c, lanes))
     sum_d = total(s)
     offset = sum_d / (last - first)
-    m2 = max(total(q) - offset * sum_d * rows, 0.0)
-    count = rows * (last - first)
-    if out_of_range(x, m2, count, p.eps):
-        return moments_by_element(x, mask, n * p.x_n + first, n * p.S, last - first, 1, p.S, p.x_s)
-    return count, pivot, offset, m2
+    return rows * (last - first), pivot, offset, max(total(q) - offset * sum_d * rows, 0.0)
 
 
 @jitted
