@@ -65,25 +65,22 @@ BACKWARD_PLANES = 6  # m, r, a, b, k2, k3
 
 
 @inlined
-def _dz_vector(p, dy, residual, act, h, n, row, c, a, b, lanes):
+def _dz_vector(dy, residual, act, h, ya, ra, a, b, lanes):
     """dz of up to LANES channels of a row, equation (9), from h = xhat; the mask is the caller's."""
-    dz = load_first(dy, n * p.dy_n + row * p.dy_s + c, lanes)
+    dz = load_first(dy, ya, lanes)
     if act is not None:
         z = fma(h, a, b)
         if residual is not None:
-            z = z + load_first(residual, n * p.residual_n + row * p.residual_s + c, lanes)
+            z = z + load_first(residual, ra, lanes)
         dz = dz * slope(act, z)
     return dz
 
 
 @inlined
-def _fetch_two(p, x, dy, n, row, c):
-    """Ask for two vectors of x and of dy that will be needed in the next block."""
-    xa, ya = n * p.x_n + row * p.x_s + c, n * p.dy_n + row * p.dy_s + c
-    prefetch(x, xa)
-    prefetch(x, xa + LANES)
-    prefetch(dy, ya)
-    prefetch(dy, ya + LANES)
+def _fetch_two(p, at):
+    """Ask for two vectors that will be needed in the next tile."""
+    prefetch(p, at)
+    prefetch(p, at + LANES)
 
 
 @inlined
@@ -103,6 +100,8 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
     sums = pointer(a.sums, FLOAT64)
     first = unit * p.unit
     last = min(first + p.unit, p.S)
+    x_n, dy_n, residual_n = n * p.x_n, n * p.dy_n, n * p.residual_n  # read once, see channels_first/forward.py
+    x_s, dy_s, residual_s = p.x_s, p.dy_s, p.residual_s
     for start in range(first, last, TILE):
         end = min(start + TILE, last)
         c = c0
@@ -117,11 +116,12 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
                 m1, r1, a1, b1 = _four(rows_, plane, p.C, LANES)
                 for row in range(start, end):
                     if is_real(mask, n * p.S + row):
-                        at = n * p.x_n + row * p.x_s + c
-                        _fetch_two(p, x, dy, n, row + AHEAD, c)
-                        h0, h1 = (load(x, at) - m0) * r0, (load(x, at + LANES) - m1) * r1
-                        z0 = _dz_vector(p, dy, residual, act, h0, n, row, c, a0, b0, LANES)
-                        z1 = _dz_vector(p, dy, residual, act, h1, n, row, c + LANES, a1, b1, LANES)
+                        xa, ya, ra = x_n + row * x_s + c, dy_n + row * dy_s + c, residual_n + row * residual_s + c
+                        _fetch_two(x, xa + AHEAD * x_s)
+                        _fetch_two(dy, ya + AHEAD * dy_s)
+                        h0, h1 = (load(x, xa) - m0) * r0, (load(x, xa + LANES) - m1) * r1
+                        z0 = _dz_vector(dy, residual, act, h0, ya, ra, a0, b0, LANES)
+                        z1 = _dz_vector(dy, residual, act, h1, ya + LANES, ra + LANES, a1, b1, LANES)
                         p0 += z0
                         p1 += z1
                         q0 = fma(z0, h0, q0)
@@ -133,8 +133,9 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
             else:
                 for row in range(start, end):
                     if is_real(mask, n * p.S + row):
-                        h0 = (load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m0) * r0
-                        z0 = _dz_vector(p, dy, residual, act, h0, n, row, c, a0, b0, lanes)
+                        xa, ya, ra = x_n + row * x_s + c, dy_n + row * dy_s + c, residual_n + row * residual_s + c
+                        h0 = (load_first(x, xa, lanes) - m0) * r0
+                        z0 = _dz_vector(dy, residual, act, h0, ya, ra, a0, b0, lanes)
                         p0 += z0
                         q0 = fma(z0, h0, q0)
                         e0 += h0
@@ -218,19 +219,19 @@ def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
 
 
 @inlined
-def _dx_vector(p, x, dy, dresidual, residual, mask, act, planes, n, row, c, lanes):
+def _dx_vector(x, dy, dresidual, residual, mask, act, planes, C, xa, ya, sa, ra, ma, c, lanes):
     """dx of up to LANES channels of a row, equation (14) as dz*a*r + xhat*k2 + k3; writes dresidual on the way."""
-    m, r = load_first(planes, c, lanes), load_first(planes, p.C + c, lanes)
-    a, b = load_first(planes, 2 * p.C + c, lanes), load_first(planes, 3 * p.C + c, lanes)
-    k2, k3 = load_first(planes, 4 * p.C + c, lanes), load_first(planes, 5 * p.C + c, lanes)
-    h = (load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m) * r
-    dz = _dz_vector(p, dy, residual, act, h, n, row, c, a, b, lanes)
+    m, r = load_first(planes, c, lanes), load_first(planes, C + c, lanes)
+    a, b = load_first(planes, 2 * C + c, lanes), load_first(planes, 3 * C + c, lanes)
+    k2, k3 = load_first(planes, 4 * C + c, lanes), load_first(planes, 5 * C + c, lanes)
+    h = (load_first(x, xa + c, lanes) - m) * r
+    dz = _dz_vector(dy, residual, act, h, ya + c, ra + c, a, b, lanes)
     dx = fma(dz, a * r, fma(h, k2, k3))
     if mask is not None:
-        real = load_one(mask, n * p.S + row)
+        real = load_one(mask, ma)
         dz, dx = select(real, dz, 0.0), select(real, dx, 0.0)
     if dresidual is not None:
-        store_first(dresidual, n * p.dresidual_n + row * p.dresidual_s + c, dz, lanes)
+        store_first(dresidual, sa + c, dz, lanes)
     return dx
 
 
@@ -239,15 +240,20 @@ def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, sl
     """dx of channels c0..c1 of rows first..last, in the order of memory."""
     streaming = a.stream != 0 and elements_to_line(dx, n * p.dx_n + c0) == 0 and p.dx_s % LANES == 0
     planes = shifted(rows_, slot * BACKWARD_PLANES * p.C)
-    for row in range(first, last):
+    # Read once: after each store the compiler would read a record's fields again.
+    C, x_s, dy_s, dx_s, residual_s, dresidual_s = p.C, p.x_s, p.dy_s, p.dx_s, p.residual_s, p.dresidual_s
+    xa, ya, da = n * p.x_n + first * x_s, n * p.dy_n + first * dy_s, n * p.dx_n + first * dx_s
+    ra, sa = n * p.residual_n + first * residual_s, n * p.dresidual_n + first * dresidual_s
+    for ma in range(n * p.S + first, n * p.S + last):
         c = c0
         while c + LANES <= c1:
-            v = _dx_vector(p, x, dy, dresidual, residual, mask, act, planes, n, row, c, LANES)
-            write(dx, n * p.dx_n + row * p.dx_s + c, v, streaming)
+            v = _dx_vector(x, dy, dresidual, residual, mask, act, planes, C, xa, ya, sa, ra, ma, c, LANES)
+            write(dx, da + c, v, streaming)
             c += LANES
         if c < c1:
-            v = _dx_vector(p, x, dy, dresidual, residual, mask, act, planes, n, row, c, c1 - c)
-            store_first(dx, n * p.dx_n + row * p.dx_s + c, v, c1 - c)
+            v = _dx_vector(x, dy, dresidual, residual, mask, act, planes, C, xa, ya, sa, ra, ma, c, c1 - c)
+            store_first(dx, da + c, v, c1 - c)
+        xa, ya, da, ra, sa = xa + x_s, ya + dy_s, da + dx_s, ra + residual_s, sa + dresidual_s
 
 
 @merged
