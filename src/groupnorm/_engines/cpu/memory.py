@@ -26,6 +26,8 @@ from groupnorm._engines.cpu.simd import (
     call_intrinsic,
     lanes_below,
     splat,
+    total,
+    widen,
 )  # fmt: skip
 
 NONE, F16, BF16, FLOAT32, FLOAT64, BOOL = range(6)  # element codes, shared by kernels and their callers
@@ -281,6 +283,37 @@ def fence(typingctx: Any) -> Any:
         builder.fence("seq_cst")
 
     return types.void(), lower
+
+
+@intrinsic
+def totals(typingctx: Any, p: Any) -> Any:
+    """The sums of LANES vectors that lie one after the other, a sum to a lane, each added up as `total` does: in pairs
+    of vectors, so that the 15 additions of the first take as long as those of all.
+    """
+    result = Vector(_LANE_OF[p.element])
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        wheres = [_address(builder, p, args[0], I64(i * LANES)) for i in range(LANES)]
+        vectors = [builder.load(where, align=size) for where, size in wheres]
+        while len(vectors) > 1:  # each holds LANES / width sums of which width lanes are left
+            width = len(vectors)
+            firsts = [i for i in range(2 * LANES) if i % width < width // 2]
+            halves = [ir.Constant(ir.VectorType(I32, LANES), [i + at for i in firsts]) for at in (0, width // 2)]
+            vectors = [builder.fadd(*(builder.shuffle_vector(a, b, half) for half in halves))
+                       for a, b in zip(vectors[::2], vectors[1::2], strict=True)]  # fmt: skip
+        return vectors[0]
+
+    return result(p), lower
+
+
+@inlined
+def store_totals(p, index, room, count):
+    """Write the sums of the first `count` vectors of a room to a float64 array."""
+    if count <= 4:
+        for i in range(count):
+            store_one(p, index + i, total(load(room, i * LANES)))
+    else:
+        store_first(p, index, widen(totals(room)), count)
 
 
 @jitted

@@ -38,6 +38,7 @@ from groupnorm._engines.cpu.memory import (
     store,
     store_first,
     store_one,
+    store_totals,
     write,
     zeros,
 )  # fmt: skip
@@ -101,7 +102,8 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
     sums = pointer(a.sums, FLOAT64)
     c, channels, start, length = unit_extent(p, g, unit)
     lane_m, lane_r = one_lane(x, m), one_lane(x, r)
-    slopes, shifts = scratch(x), scratch(x)
+    slopes, shifts, dzs, dzhs = scratch(x), scratch(x), scratch(x), scratch(x)
+    short = length <= SUMS_CHUNK
     part = unit % p.parts
     of_dz, of_dzh, of_h = sums_at(p, n, part, DZ), sums_at(p, n, part, DZH), sums_at(p, n, part, H)
     s_h = widen(zeros(x))
@@ -121,49 +123,60 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
             continue
         store(slopes, 0, slope_)
         store(shifts, 0, shift)
+        e_h = zeros(x)
         for lane in range(lanes):
-            s_dz, s_dzh, s_h = _run_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, lane_m, lane_r,
-                                         load_one(slopes, lane), load_one(shifts, lane), s_h)  # fmt: skip
-            store_one(sums, of_dz + first + lane, s_dz)
-            store_one(sums, of_dzh + first + lane, s_dzh)
+            s_dz = s_dzh = 0.0
+            for i in range(0, length, SUMS_CHUNK):
+                p_dz, p_dzh, p_h = _chunk_sums(x, dy, residual, mask, act, xa + i, ya + i, ra + i, ma + i,
+                                               min(SUMS_CHUNK, length - i), lane_m, lane_r, load_one(slopes, lane),
+                                               load_one(shifts, lane))  # fmt: skip
+                if short:  # the lanes of all channels are added up together
+                    store(dzs, lane * LANES, p_dz)
+                    store(dzhs, lane * LANES, p_dzh)
+                    e_h += p_h
+                else:
+                    s_dz += total(p_dz)
+                    s_dzh += total(p_dzh)
+                    s_h += widen(p_h)
+            if not short:
+                store_one(sums, of_dz + first + lane, s_dz)
+                store_one(sums, of_dzh + first + lane, s_dzh)
             xa, ya, ra = xa + x_c, ya + dy_c, ra + residual_c
+        if short:
+            s_h += widen(e_h)
+            store_totals(sums, of_dz + first, dzs, lanes)
+            store_totals(sums, of_dzh + first, dzhs, lanes)
     if channels > 0:
         store_one(sums, of_h + c, total(s_h))
 
 
 @inlined
-def _run_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, r, a, b, s_h):
-    """The sums of dz and dz*xhat over a run of a channel, and s_h with xhat added; lanes over chunks, then float64."""
-    s_dz = s_dzh = 0.0
-    for i in range(0, length, SUMS_CHUNK):
-        end = min(i + SUMS_CHUNK, length)
-        p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
-        done = i
-        while done + 2 * LANES <= end:
-            h = _xhat(x, mask, xa + done, ma + done, LANES, m, r)
-            dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
-            p0 += dz
-            q0 = fma(dz, h, q0)
-            e0 += h
-            done += LANES
-            h = _xhat(x, mask, xa + done, ma + done, LANES, m, r)
-            dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
-            p1 += dz
-            q1 = fma(dz, h, q1)
-            e1 += h
-            done += LANES
-        while done < end:
-            tail = end - done
-            h = _xhat(x, mask, xa + done, ma + done, tail, m, r)
-            dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, tail, a, b)
-            p0 += dz
-            q0 = fma(dz, h, q0)
-            e0 += h
-            done += LANES
-        s_dz += total(p0 + p1)
-        s_dzh += total(q0 + q1)
-        s_h += widen(e0 + e1)
-    return s_dz, s_dzh, s_h
+def _chunk_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, r, a, b):
+    """The sums of dz, dz*xhat and xhat over at most SUMS_CHUNK elements of a channel, as vectors."""
+    p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
+    done = 0
+    while done + 2 * LANES <= length:
+        h = _xhat(x, mask, xa + done, ma + done, LANES, m, r)
+        dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
+        p0 += dz
+        q0 = fma(dz, h, q0)
+        e0 += h
+        done += LANES
+        h = _xhat(x, mask, xa + done, ma + done, LANES, m, r)
+        dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
+        p1 += dz
+        q1 = fma(dz, h, q1)
+        e1 += h
+        done += LANES
+    while done < length:
+        tail = length - done
+        h = _xhat(x, mask, xa + done, ma + done, tail, m, r)
+        dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, tail, a, b)
+        p0 += dz
+        q0 = fma(dz, h, q0)
+        e0 += h
+        done += LANES
+    return p0 + p1, q0 + q1, e0 + e1
 
 
 @inlined
