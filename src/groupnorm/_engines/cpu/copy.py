@@ -19,7 +19,7 @@ from groupnorm._engines.cpu.memory import (
     write,
 )
 from groupnorm._engines.cpu.records import ARRAYS, PLAN, call_at, plan_at
-from groupnorm._engines.cpu.simd import LANES
+from groupnorm._engines.cpu.simd import LANES, minimum
 from groupnorm._engines.cpu.threads import MAX_WORKERS, POOL
 
 __all__ = ["stream_copy"]
@@ -44,10 +44,10 @@ def stream_copy(source: Any, target: Any, num_threads: int) -> None:
 def _kernel() -> Any:
     def kernel(plan, call, task):
         x, y = pointer(call_at(call).x, FLOAT32), pointer(call_at(call).y, FLOAT32)
-        at, end = task * _PIECE, min((task + 1) * _PIECE, plan_at(plan).S)
+        at, end = task * _PIECE, minimum((task + 1) * _PIECE, plan_at(plan).S)
         streaming = elements_to_line(y, at) < LANES
         if streaming:
-            head = min(elements_to_line(y, at), end - at)
+            head = minimum(elements_to_line(y, at), end - at)
             store_first(y, at, load_first(x, at, head), head)
             at += head
         while at + LANES <= end:

@@ -10,7 +10,7 @@ import numpy as np
 from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.memory import FLOAT64, load_first, load_one, pointer, store, store_first, store_one, zeros
 from groupnorm._engines.cpu.records import DZ, DZH, channel_affine, sums_at
-from groupnorm._engines.cpu.simd import LANES, absolute, fma, narrow, select, square_root, total, widen
+from groupnorm._engines.cpu.simd import LANES, absolute, fma, maximum, narrow, select, square_root, total, widen
 from groupnorm._engines.cpu.statistics import count_real
 
 __all__ = [
@@ -118,7 +118,7 @@ def close_sums(p, a, x, mask, n, g, groups, room):
     n_, g_ = n, g
     for i in range(groups):
         first, last = group_channels(p, g_)
-        store_one(room, COUNT + i, max(real_positions(p, mask, n_) * (last - first), 1.0))
+        store_one(room, COUNT + i, maximum(real_positions(p, mask, n_) * (last - first), 1.0))
         n_, g_ = following(p, n_, g_)
     count, r = load_first(room, COUNT, groups), load_first(room, RSTD, groups)
     lane_r = widen(narrow(r, zeros(x)))

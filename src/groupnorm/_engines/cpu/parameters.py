@@ -6,7 +6,7 @@ from typing import Any
 from groupnorm._engines.cpu.compiler import compiled, jitted
 from groupnorm._engines.cpu.memory import FLOAT64, load_first, pointer, zeros
 from groupnorm._engines.cpu.records import DZ, DZH, call_at, coefficients, plan_at, store_coefficients, sums_at
-from groupnorm._engines.cpu.simd import LANES, fma
+from groupnorm._engines.cpu.simd import LANES, fma, minimum
 
 __all__ = ["CHANNELS_PER_TASK", "parameters_kernel"]
 
@@ -17,9 +17,9 @@ CHANNELS_PER_TASK = 64
 def _parameters(p, a, task):
     """Equations (10) to (12) for the channels of a task; sums go over samples and parts in their order."""
     sums = pointer(a.sums, FLOAT64)
-    last = min((task + 1) * CHANNELS_PER_TASK, p.C)
+    last = minimum((task + 1) * CHANNELS_PER_TASK, p.C)
     for c in range(task * CHANNELS_PER_TASK, last, LANES):
-        lanes = min(last - c, LANES)
+        lanes = minimum(last - c, LANES)
         weight, bias = coefficients(a.weight, p.weight, c, lanes, 1.0), coefficients(a.bias, p.bias, c, lanes, 0.0)
         dweight = dbias = zeros(sums)
         for n in range(p.N):

@@ -123,6 +123,30 @@ for _operator, _inplace in {
     _define_operator(_operator, _inplace)
 
 
+# ---- scalars --------------------------------------------------------------------------------------------------------
+
+
+def _scalar_choice(keeps_first: str) -> Any:
+    def typing(typingctx: Any, a: Any, b: Any) -> Any:
+        whole = all(isinstance(types.unliteral(t), (types.Integer, types.Boolean)) for t in (a, b))
+        kind = types.int64 if whole else types.float64
+
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            first, second = (context.cast(builder, v, t, kind) for v, t in zip(args, sig.args, strict=True))
+            compare = builder.icmp_signed if whole else builder.fcmp_unordered
+            return builder.select(compare(keeps_first, first, second), first, second)
+
+        return kind(types.unliteral(a), types.unliteral(b)), lower
+
+    return typing
+
+
+# The smaller and the larger of two numbers, the first if either is NaN. Python's own min and max would do, but Numba
+# compiles them anew for each pair of types: 0.2 s of a kernel.
+minimum = intrinsic(_scalar_choice("<="))
+maximum = intrinsic(_scalar_choice(">="))
+
+
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.memory import element_size, load, load_first, load_one, one_lane, zeros
-from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, select, total, widen
+from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, maximum, minimum, select, total, widen
 
 __all__ = [
     "FEW",
@@ -68,7 +68,7 @@ def fewer(x, elements):
     1e5 std a float32 lane loses what it adds afterwards, 5 roundings with 16 elements and none with 4. In float64 it
     is the number of additions altogether that counts.
     """
-    return elements if element_size(x) == 8 else max(elements // 4, 1)
+    return elements if element_size(x) == 8 else maximum(elements // 4, 1)
 
 
 @jitted
@@ -87,14 +87,14 @@ def run_moments(x, mask, at, mask_at, rows, length, step, chunk_rows, chunk):
         s = q = widen(zeros(x))
         for r in range(0, rows, chunk_rows):
             for i in range(0, length, chunk):
-                s_chunk, q_chunk = _chunk_sums(x, mask, at + r * step + i, mask_at + i, min(chunk_rows, rows - r),
-                                               min(chunk, length - i), step, pivot)  # fmt: skip
+                s_chunk, q_chunk = _chunk_sums(x, mask, at + r * step + i, mask_at + i, minimum(chunk_rows, rows - r),
+                                               minimum(chunk, length - i), step, pivot)  # fmt: skip
                 s += widen(s_chunk)
                 q += widen(q_chunk)
         sum_d = total(s)
         offset = sum_d / count
-        m2 = max(total(q) - offset * sum_d, 0.0)
-        if not is_far(offset, m2, count, min(1.0 + count / 64, far(x))):
+        m2 = maximum(total(q) - offset * sum_d, 0.0)
+        if not is_far(offset, m2, count, minimum(1.0 + count / 64, far(x))):
             break
         pivot = one_lane(x, np.float64(pivot) + offset)
         chunk, chunk_rows = fewer(x, chunk), fewer(x, chunk_rows)
@@ -122,7 +122,7 @@ def few_moments(x, at, rows, length, step):
             q = fma(d, d, q)
     count, sum_d = np.float64(rows * length), total(s)
     offset = sum_d / count
-    return count, pivot, offset, max(total(q) - offset * sum_d, 0.0)
+    return count, pivot, offset, maximum(total(q) - offset * sum_d, 0.0)
 
 
 @jitted
@@ -200,7 +200,7 @@ def moments_by_element(x, mask, at, mask_at, rows, step, length, stride):
                 d = np.float64(load_one(x, at + r * step + i * stride)) - mean
                 s2 += d
                 q += d * d
-    return count, mean, s2 / count, q if q == np.inf else max(q - s2 * s2 / count, 0.0)
+    return count, mean, s2 / count, q if q == np.inf else maximum(q - s2 * s2 / count, 0.0)
 
 
 @jitted

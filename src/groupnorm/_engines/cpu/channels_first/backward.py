@@ -43,7 +43,7 @@ from groupnorm._engines.cpu.memory import (
     zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import DZ, DZH, FROM_MOMENTS, GIVEN, H, call_at, channel_affine, plan_at, sums_at
-from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, narrow, select, total, widen
+from groupnorm._engines.cpu.simd import LANES, first_lanes, fma, minimum, narrow, select, total, widen
 
 __all__ = ["backward_kernel"]
 
@@ -111,7 +111,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
     xa, ya = n * p.x_n + c * x_c + start, n * p.dy_n + c * dy_c + start
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
     for first in range(c, c + channels, LANES):
-        lanes = min(c + channels - first, LANES)
+        lanes = minimum(c + channels - first, LANES)
         slope_, shift, _ = _coefficients(p, a, x, n, first, lanes, rest, r)
         if mask is None and dense and length == 1:  # lanes can be channels
             h = _xhat(x, mask, xa, ma, lanes, lane_m, lane_r)
@@ -128,7 +128,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
             s_dz = s_dzh = 0.0
             for i in range(0, length, SUMS_CHUNK):
                 p_dz, p_dzh, p_h = _chunk_sums(x, dy, residual, mask, act, xa + i, ya + i, ra + i, ma + i,
-                                               min(SUMS_CHUNK, length - i), lane_m, lane_r, load_one(slopes, lane),
+                                               minimum(SUMS_CHUNK, length - i), lane_m, lane_r, load_one(slopes, lane),
                                                load_one(shifts, lane))  # fmt: skip
                 if short:  # the lanes of all channels are added up together
                     store(dzs, lane * LANES, p_dz)
@@ -192,7 +192,7 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
     da, sa = n * p.dx_n + c * dx_c + start, n * p.dresidual_n + c * dresidual_c + start
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
     for first in range(c, c + channels, LANES):
-        lanes = min(c + channels - first, LANES)
+        lanes = minimum(c + channels - first, LANES)
         slope_, shift, k1 = _coefficients(p, a, x, n, first, lanes, rest, r)
         if mask is None and dense:
             repeat(slopes, slope_, lanes, length)
@@ -225,7 +225,7 @@ def _backward_run(
     """dx of a run of one channel."""
     done = 0
     if streaming:
-        head = min(elements_to_line(dx, da), length)
+        head = minimum(elements_to_line(dx, da), length)
         streaming = head < LANES
         if 0 < head < LANES:
             v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, head, m, r, a, b, k1, k2, k3)
@@ -251,9 +251,9 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
     work, sums = pointer(a.work, FLOAT64), pointer(a.sums, FLOAT64)
     room = scratch(work)
     start = task * p.per_task
-    end = min(start + p.per_task, p.N * p.G * p.units)
+    end = minimum(start + p.per_task, p.N * p.G * p.units)
     for first in range(start, end, p.block):
-        last = min(first + p.block, end)
+        last = minimum(first + p.block, end)
         group, unit = first // p.units, first % p.units
         groups = (last - 1) // p.units - group + 1
         n, g = group // p.G, group % p.G

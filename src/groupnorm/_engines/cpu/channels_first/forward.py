@@ -46,7 +46,7 @@ from groupnorm._engines.cpu.memory import (
     zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
-from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
+from groupnorm._engines.cpu.simd import LANES, fma, minimum, narrow, select, widen
 
 __all__ = ["forward_kernel"]
 
@@ -75,7 +75,7 @@ def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
     xa, ya = n * p.x_n + c * x_c + start, n * p.y_n + c * y_c + start
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
     for first in range(c, c + channels, LANES):
-        lanes = min(c + channels - first, LANES)
+        lanes = minimum(c + channels - first, LANES)
         factor, summand = channel_affine(p, a, n, first, lanes)
         slope_ = narrow(factor * r, zeros(x))
         shift = narrow(fma(widen(slope_), -m_rest, summand), zeros(x))
@@ -102,7 +102,7 @@ def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, a
     """y of a run of one channel."""
     done = 0
     if streaming:
-        head = min(elements_to_line(y, ya), length)
+        head = minimum(elements_to_line(y, ya), length)
         streaming = head < LANES
         if 0 < head < LANES:
             store_first(y, ya, _forward_vector(x, residual, mask, act, xa, ra, ma, head, m, a, b), head)
@@ -123,9 +123,9 @@ def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, a
 def _forward(p, a, x, y, residual, mask, act, mean, rstd, task):
     room = scratch(pointer(a.work, FLOAT64))
     start = task * p.per_task
-    end = min(start + p.per_task, p.N * p.G * p.units)
+    end = minimum(start + p.per_task, p.N * p.G * p.units)
     for first in range(start, end, p.block):
-        last = min(first + p.block, end)
+        last = minimum(first + p.block, end)
         group, unit = first // p.units, first % p.units
         n, g = group // p.G, group % p.G
         if p.phase == MOMENTS:

@@ -3,6 +3,7 @@
 from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.groups import group_channels
 from groupnorm._engines.cpu.memory import FLOAT64, load_one, pointer, store_one
+from groupnorm._engines.cpu.simd import maximum, minimum
 from groupnorm._engines.cpu.statistics import few_moments, merge, moments_by_element, out_of_range, run_moments
 
 __all__ = [
@@ -29,10 +30,10 @@ def unit_extent(p, g, unit):
     first, last = group_channels(p, g)
     if p.parts == 1:  # the usual case, without the divisions, which cost as much as the work of a tiny unit
         c = first + unit * p.unit
-        return c, max(min(p.unit, last - c), 0), 0, p.S
+        return c, maximum(minimum(p.unit, last - c), 0), 0, p.S
     c = first + unit // p.parts * p.unit
     start = unit % p.parts * p.part
-    return c, max(min(p.unit, last - c), 0), start, max(min(p.part, p.S - start), 0)
+    return c, maximum(minimum(p.unit, last - c), 0), start, maximum(minimum(p.part, p.S - start), 0)
 
 
 @jitted

@@ -55,7 +55,7 @@ from groupnorm._engines.cpu.memory import (
     zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import DZ, FROM_MOMENTS, GIVEN, H, call_at, channel_affine, plan_at, sums_at
-from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, total, widen
+from groupnorm._engines.cpu.simd import LANES, fma, maximum, minimum, narrow, select, total, widen
 from groupnorm._engines.cpu.statistics import is_real
 
 __all__ = ["BACKWARD_PLANES", "PLANES", "backward_kernel"]
@@ -99,16 +99,16 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
     """
     sums = pointer(a.sums, FLOAT64)
     first = unit * p.unit
-    last = min(first + p.unit, p.S)
+    last = minimum(first + p.unit, p.S)
     x_n, dy_n, residual_n = n * p.x_n, n * p.dy_n, n * p.residual_n  # read once, see channels_first/forward.py
     x_s, dy_s, residual_s = p.x_s, p.dy_s, p.residual_s
     for start in range(first, last, TILE):
-        end = min(start + TILE, last)
+        end = minimum(start + TILE, last)
         c = c0
         while c < c1:
             plane = slot * BACKWARD_PLANES * p.C + c
             to = sums_at(p, n, unit, DZ) + c
-            lanes = min(LANES, c1 - c)
+            lanes = minimum(LANES, c1 - c)
             m0, r0, a0, b0 = _four(rows_, plane, p.C, lanes)
             p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
             if c + 2 * LANES <= c1:
@@ -181,7 +181,7 @@ def _backward_planes(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
         rows = merge_units(p, a, x, mask, n, slot, c0, c1)
     g0, g1 = slab_groups(p, c0, c1)
     for start in range(g0, g1, LANES):
-        groups = min(LANES, g1 - start)
+        groups = minimum(LANES, g1 - start)
         _statistics(p, a, x, mask, mean, rstd, n, slot, start, groups, rows, room)
         for i in range(groups):
             first, last = group_channels(p, start + i)
@@ -201,7 +201,7 @@ def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
     at = slot * BACKWARD_PLANES * p.C
     g0, g1 = slab_groups(p, c0, c1)
     for start in range(g0, g1, LANES):
-        groups = min(LANES, g1 - start)
+        groups = minimum(LANES, g1 - start)
         _statistics(p, a, x, mask, mean, rstd, n, slot, start, groups, real_positions(p, mask, n), room)
         for i in range(groups):
             first, last = group_channels(p, start + i)
@@ -261,8 +261,8 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_
     c0, c1 = np.int64(0), p.C
     start = task * p.per_task
     if p.phase == SUMS + MERGE + APPLY:  # slabs of samples, one after the other in the same place of work and rows
-        slabs = max(p.C // p.slab, 1)
-        for k in range(start, min(start + p.per_task, p.N * slabs)):
+        slabs = maximum(p.C // p.slab, 1)
+        for k in range(start, minimum(start + p.per_task, p.N * slabs)):
             n = k // slabs
             c0, c1 = slab_channels(p, k % slabs)
             if not p.stats:
@@ -273,21 +273,21 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_
                 _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, task, unit, c0, c1)
             _backward_merge(p, a, x, mask, mean, rstd, rows_, n, task, c0, c1)
             for unit in range(p.units - 1, -1, -1):  # the unit read last is the one that is still in cache
-                first, last = unit * p.unit, min((unit + 1) * p.unit, p.S)
+                first, last = unit * p.unit, minimum((unit + 1) * p.unit, p.S)
                 _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, task, first, last, c0, c1)
     elif p.phase == PLANES:
         _backward_planes(p, a, x, mask, mean, rstd, rows_, task, task, c0, c1)
     elif p.phase == MERGE:
         _backward_merge(p, a, x, mask, mean, rstd, rows_, task, task, c0, c1)
     else:
-        for k in range(start, min(start + p.per_task, p.N * p.units)):
+        for k in range(start, minimum(start + p.per_task, p.N * p.units)):
             if p.phase == SUMS:
                 n = k // p.units
                 _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, n, k % p.units, c0, c1)
             else:
                 index = p.N * p.units - 1 - k
                 n, unit = index // p.units, index % p.units
-                first, last = unit * p.unit, min((unit + 1) * p.unit, p.S)
+                first, last = unit * p.unit, minimum((unit + 1) * p.unit, p.S)
                 _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, n, first, last, c0, c1)
     fence()
 

@@ -48,7 +48,7 @@ from groupnorm._engines.cpu.memory import (
     zeros,
 )  # fmt: skip
 from groupnorm._engines.cpu.records import call_at, channel_affine, plan_at
-from groupnorm._engines.cpu.simd import LANES, fma, narrow, select, widen
+from groupnorm._engines.cpu.simd import LANES, fma, maximum, minimum, narrow, select, widen
 
 __all__ = ["FORWARD_PLANES", "forward_kernel"]
 
@@ -65,7 +65,7 @@ def _merge(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
         rows = merge_units(p, a, x, mask, n, slot, c0, c1)
     g0, g1 = slab_groups(p, c0, c1)
     for start in range(g0, g1, LANES):
-        groups = min(LANES, g1 - start)
+        groups = minimum(LANES, g1 - start)
         for i in range(groups):
             if p.stats:
                 found = given_moments(a, n * p.G + start + i)
@@ -106,11 +106,11 @@ def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, slot, first, last, 
     """y of channels c0..c1 of rows first..last, in tiles."""
     streaming = a.stream != 0 and elements_to_line(y, n * p.y_n + c0) == 0 and p.y_s % LANES == 0
     for start in range(first, last, WRITTEN):
-        end = min(start + WRITTEN, last)
+        end = minimum(start + WRITTEN, last)
         c = c0
         while c < c1:
             plane = slot * FORWARD_PLANES * p.C + c
-            lanes = min(LANES, c1 - c)
+            lanes = minimum(LANES, c1 - c)
             m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
                           load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
             if c + 2 * LANES <= c1:
@@ -137,8 +137,8 @@ def _forward(p, a, x, y, residual, mask, act, mean, rstd, rows_, task):
     c0, c1 = np.int64(0), p.C
     first = task * p.per_task
     if p.phase == MOMENTS + MERGE + APPLY:  # slabs of samples, one after the other in the same place of work and rows
-        slabs = max(p.C // p.slab, 1)
-        for k in range(first, min(first + p.per_task, p.N * slabs)):
+        slabs = maximum(p.C // p.slab, 1)
+        for k in range(first, minimum(first + p.per_task, p.N * slabs)):
             n = k // slabs
             c0, c1 = slab_channels(p, k % slabs)
             if not p.stats:
@@ -147,19 +147,19 @@ def _forward(p, a, x, y, residual, mask, act, mean, rstd, rows_, task):
             _merge(p, a, x, mask, mean, rstd, rows_, n, task, c0, c1)
             if a.y != 0:
                 for unit in range(p.units - 1, -1, -1):  # the unit read last is the one that is still in cache
-                    start, end = unit * p.unit, min((unit + 1) * p.unit, p.S)
+                    start, end = unit * p.unit, minimum((unit + 1) * p.unit, p.S)
                     _forward_rows(p, a, x, y, residual, mask, act, rows_, n, task, start, end, c0, c1)
     elif p.phase == MERGE:
         _merge(p, a, x, mask, mean, rstd, rows_, task, task, c0, c1)
     else:
-        for k in range(first, min(first + p.per_task, p.N * p.units)):
+        for k in range(first, minimum(first + p.per_task, p.N * p.units)):
             if p.phase == MOMENTS:
                 n = k // p.units
                 unit_moments(p, a, x, mask, n, n, k % p.units, c0, c1)
             else:
                 index = p.N * p.units - 1 - k
                 n, unit = index // p.units, index % p.units
-                start, end = unit * p.unit, min((unit + 1) * p.unit, p.S)
+                start, end = unit * p.unit, minimum((unit + 1) * p.unit, p.S)
                 _forward_rows(p, a, x, y, residual, mask, act, rows_, n, n, start, end, c0, c1)
     fence()
 

@@ -14,7 +14,7 @@ from groupnorm._engines.cpu.memory import (
     store_first,
     zeros,
 )
-from groupnorm._engines.cpu.simd import LANES, any_of, first_lanes, fma, narrow, select, total, widen
+from groupnorm._engines.cpu.simd import LANES, any_of, first_lanes, fma, maximum, minimum, narrow, select, total, widen
 from groupnorm._engines.cpu.statistics import (
     count_real,
     far,
@@ -128,7 +128,7 @@ def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
     work = pointer(a.work, FLOAT64)
     work_at = (slot * p.units + unit) * 3 * p.C
     first = unit * p.unit
-    last = min(first + p.unit, p.S)
+    last = minimum(first + p.unit, p.S)
     count = _unit_count(p, mask, n, unit)
     while first < last - 1 and not is_real(mask, n * p.S + first):  # no further than the last row, real or not
         first += 1
@@ -144,7 +144,7 @@ def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
             store_first(work, work_at + 2 * p.C + c, zeros(work), lanes)
         tile = TILE if attempt == 0 else fewer(x, TILE)
         for row in range(first, last, tile):
-            rows = min(tile, last - row)
+            rows = minimum(tile, last - row)
             at, mask_at = n * p.x_n + row * p.x_s, n * p.S + row
             c = c0
             while c + STRIP <= c1:
@@ -153,7 +153,7 @@ def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
             while c < c1:
                 _vector_sums(x, mask, at + c, mask_at, rows, p.x_s, work, work_at + c, p.C, c1 - c)
                 c += LANES
-        if not _close_unit(x, work, work_at, p.C, max(count, 1.0), c0, c1):
+        if not _close_unit(x, work, work_at, p.C, maximum(count, 1.0), c0, c1):
             break
 
 
@@ -175,7 +175,7 @@ def _merged(work, at, C, pivot, offset, m2, count, before, lanes):
 def _unit_count(p, mask, n, unit):
     """Real rows of a unit."""
     first = unit * p.unit
-    rows = min(p.unit, p.S - first)
+    rows = minimum(p.unit, p.S - first)
     if mask is None:
         return np.float64(rows)
     return count_real(mask, n * p.S + first, rows)
@@ -195,7 +195,7 @@ def merge_units(p, a, x, mask, n, slot, c0, c1):
             continue
         at = (slot * p.units + unit) * 3 * p.C
         for c in range(c0, c1, LANES):
-            lanes = min(LANES, c1 - c)
+            lanes = minimum(LANES, c1 - c)
             pivot, offset = load_first(work, at + c, lanes), load_first(work, at + p.C + c, lanes)
             m2 = load_first(work, at + 2 * p.C + c, lanes)
             if before > 0.0:
@@ -242,7 +242,7 @@ def _of_channels(p, a, slot, first, last, rows):
         q += fma(d * rows, d, load_first(work, at + 2 * p.C + c, lanes))
     sum_d = total(s)
     offset = sum_d / (last - first)
-    return rows * (last - first), pivot, offset, max(total(q) - offset * sum_d * rows, 0.0)
+    return rows * (last - first), pivot, offset, maximum(total(q) - offset * sum_d * rows, 0.0)
 
 
 @jitted
