@@ -14,6 +14,8 @@ from groupnorm import reference
 pytestmark = pytest.mark.parametrize("engine", ENGINES, ids=str)
 Array = Any
 SHAPE = (4, 12, 6, 10)
+SMALL = (4, 12, 2, 3)  # groups of few elements go other ways
+shapes = pytest.mark.parametrize("shape", [SHAPE, SMALL], ids=str)
 
 
 def unaligned(a: Array) -> Array:
@@ -52,10 +54,11 @@ VIEWS: dict[str, Callable[[Array], Array]] = {
 
 
 @layouts
+@shapes
 @pytest.mark.parametrize("view", VIEWS)
-def test_strides(engine: Engine, layout: str, view: str) -> None:
+def test_strides(engine: Engine, layout: str, view: str, shape: tuple[int, ...]) -> None:
     """The same values give the same results however they lie in memory, and x and dy need not lie alike."""
-    drawn = draw(Case(SHAPE, 3, layout=layout))
+    drawn = draw(Case(shape, 3, layout=layout))
     make = VIEWS[view]
     seen = make(drawn.x)
     assert np.array_equal(seen, drawn.x)
@@ -97,8 +100,9 @@ def test_strides_of_the_other_arrays(engine: Engine, layout: str, view: str) -> 
 
 
 @layouts
-def test_mask_of_any_strides(engine: Engine, layout: str) -> None:
-    drawn = draw(Case(SHAPE, 3, layout=layout, mask=True))
+@shapes
+def test_mask_of_any_strides(engine: Engine, layout: str, shape: tuple[int, ...]) -> None:
+    drawn = draw(Case(shape, 3, layout=layout, mask=True))
     want = engine.group_norm(drawn.x, 3, **drawn.options)
     for make in (np.asfortranarray, lambda m: m[:, ::-1].copy()[:, ::-1], lambda m: np.repeat(m, 2, 2)[..., ::2]):
         options = drawn.options | {"mask": make(drawn.options["mask"])}
@@ -108,10 +112,11 @@ def test_mask_of_any_strides(engine: Engine, layout: str) -> None:
 
 
 @layouts
+@shapes
 @pytest.mark.parametrize("axes", [(0,), (1,), (2, 3), (0, 1, 2, 3)], ids=str)
-def test_broadcast_input(engine: Engine, layout: str, axes: tuple[int, ...]) -> None:
+def test_broadcast_input(engine: Engine, layout: str, axes: tuple[int, ...], shape: tuple[int, ...]) -> None:
     """Steps of zero: one element in memory stands for many."""
-    case = Case(SHAPE, 3, layout=layout)
+    case = Case(shape, 3, layout=layout)
     drawn = draw(case)
     small = drawn.x[tuple(slice(0, 1) if i in axes else slice(None) for i in range(4))]
     x = np.broadcast_to(small, drawn.x.shape)

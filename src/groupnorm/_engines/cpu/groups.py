@@ -73,7 +73,7 @@ def put_moments(room, i, found):
 
 @inlined
 def close_moments(p, x, room, groups):
-    """From the moments of some groups to mean in lane precision, what that lacks, and rstd: equations (3) and (4)."""
+    """From the moments of some groups to mean in lane precision, what that lacks, and rstd: equation (4)."""
     count, pivot = load_first(room, COUNT, groups), load_first(room, PIVOT, groups)
     offset, m2 = load_first(room, OFFSET, groups), load_first(room, M2, groups)
     m = widen(narrow(pivot + offset, zeros(x)))

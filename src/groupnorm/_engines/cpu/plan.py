@@ -26,7 +26,7 @@ __all__ = ["Launch", "Plan", "make_plan"]
 # elements: channels first, 16 to a lane; beside one outlier of 1e5 std a lane loses 5 roundings, with 64 to a lane 22
 _CHUNK = 1024
 _UNIT = 8 * _CHUNK  # elements: channels first, smallest unit; float32 ones fit the L1 cache for a second reading
-_TOGETHER = 1 << 12  # elements: channels first, groups taken through each phase together, so that one need not wait
+_TOGETHER = 1 << 12  # elements: channels first, groups taken through each phase together; x and y fit the L1 cache
 _PART = 1 << 18  # elements: channels first, largest unit, so that one huge channel feeds many threads
 _UNIT_LAST = 1 << 16  # elements: channels last, unit
 _TASK = 1 << 14  # elements: smallest task; 5 us of work against 0.2 us for taking a task
@@ -91,8 +91,8 @@ def _first(p: Problem, num_threads: int) -> Plan:
     chunk = _CHUNK // 2 if p.dtype == "float64" else _CHUNK
     cut = {
         "unit": unit, "parts": parts, "part": part, "units": units, "chunk": chunk, "chunk_rows": max(chunk // p.S, 1),
-        "few": int(last_channels * p.S <= FEW and p.walks["x"][1] in (p.S, 0) and p.dtype != "float64"),
-        "dense": int(p.S < LANES and all(channel_step == p.S for _, channel_step, _ in p.walks.values())),
+        "few": int(last_channels * p.S <= FEW and p.walks["x"].c == p.S and p.dtype != "float64"),
+        "dense": int(p.S < LANES and all(walk.c == p.S for walk in p.walks.values())),
     }  # fmt: skip
     threads = _threads(p, num_threads)
     groups = p.N * p.G

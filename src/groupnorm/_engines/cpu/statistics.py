@@ -6,7 +6,7 @@ mean u, since sum(d*d) = M2 + count*(u - m)^2: where (u - m)^2 is more than FAR 
 which for normal data happens once in 16,000 units, the unit is read again with its mean as the pivot. A constant unit
 comes out exact. Lanes are float32 (float64 for float64 data) over a chunk, 16 elements to a lane, and float64 beyond;
 units are merged in float64 by Chan's rule, as offsets from the first pivot, so that rounding goes with the spread of
-the data and not with its mean.
+the data and not with its mean. Few elements are summed in float64 from the start: then every pivot is good.
 """
 
 import numpy as np
