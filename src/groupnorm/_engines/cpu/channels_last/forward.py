@@ -6,11 +6,9 @@ from typing import Any
 import numpy as np
 
 from groupnorm._engines.cpu.channels_last.moments import (
-    AHEAD,
     APPLY,
     MERGE,
     MOMENTS,
-    WRITTEN,
     group_moments,
     merge_units,
     slab_channels,
@@ -36,13 +34,12 @@ from groupnorm._engines.cpu.memory import (
     NONE,
     elements_to_line,
     fence,
-    load,
     load_first,
     load_one,
     one_lane,
     pointer,
-    prefetch,
     scratch,
+    shifted,
     store_first,
     write,
     zeros,
@@ -89,47 +86,40 @@ def _merge(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
 
 
 @inlined
-def _forward_vector(p, x, residual, mask, act, n, row, c, m, a, b, lanes):
+def _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c, lanes):
     """y of up to LANES channels of a row: equations (5) to (8)."""
-    z = fma(load_first(x, n * p.x_n + row * p.x_s + c, lanes) - m, a, b)
+    m, a, b = load_first(planes, c, lanes), load_first(planes, C + c, lanes), load_first(planes, 2 * C + c, lanes)
+    z = fma(load_first(x, xa + c, lanes) - m, a, b)
     if residual is not None:
-        z = z + load_first(residual, n * p.residual_n + row * p.residual_s + c, lanes)
+        z = z + load_first(residual, ra + c, lanes)
     if act is not None:
         z = activate(act, z)
     if mask is not None:
-        z = select(load_one(mask, n * p.S + row), z, 0.0)
+        z = select(load_one(mask, ma), z, 0.0)
     return z
 
 
 @jitted
 def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, slot, first, last, c0, c1):
-    """y of channels c0..c1 of rows first..last, in tiles."""
+    """y of channels c0..c1 of rows first..last, in the order of memory."""
     streaming = a.stream != 0 and elements_to_line(y, n * p.y_n + c0) == 0 and p.y_s % LANES == 0
-    for start in range(first, last, WRITTEN):
-        end = minimum(start + WRITTEN, last)
+    planes = shifted(rows_, slot * FORWARD_PLANES * p.C)
+    # Read once: after each store the compiler would read a record's fields again.
+    C, x_s, y_s, residual_s = p.C, p.x_s, p.y_s, p.residual_s
+    xa, ya, ra = n * p.x_n + first * x_s, n * p.y_n + first * y_s, n * p.residual_n + first * residual_s
+    for ma in range(n * p.S + first, n * p.S + last):
         c = c0
+        while c + 2 * LANES <= c1:
+            v0 = _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c, LANES)
+            v1 = _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c + LANES, LANES)
+            write(y, ya + c, v0, streaming)
+            write(y, ya + c + LANES, v1, streaming)
+            c += 2 * LANES
         while c < c1:
-            plane = slot * FORWARD_PLANES * p.C + c
-            lanes = minimum(LANES, c1 - c)
-            m0, a0, b0 = (load_first(rows_, plane, lanes), load_first(rows_, plane + p.C, lanes),
-                          load_first(rows_, plane + 2 * p.C, lanes))  # fmt: skip
-            if c + 2 * LANES <= c1:
-                plane += LANES
-                m1, a1, b1 = load(rows_, plane), load(rows_, plane + p.C), load(rows_, plane + 2 * p.C)
-                for row in range(start, end):
-                    at = n * p.y_n + row * p.y_s + c
-                    prefetch(x, n * p.x_n + (row + AHEAD) * p.x_s + c)
-                    prefetch(x, n * p.x_n + (row + AHEAD) * p.x_s + c + LANES)
-                    v0 = _forward_vector(p, x, residual, mask, act, n, row, c, m0, a0, b0, LANES)
-                    v1 = _forward_vector(p, x, residual, mask, act, n, row, c + LANES, m1, a1, b1, LANES)
-                    write(y, at, v0, streaming)
-                    write(y, at + LANES, v1, streaming)
-                c += 2 * LANES
-            else:
-                for row in range(start, end):
-                    v0 = _forward_vector(p, x, residual, mask, act, n, row, c, m0, a0, b0, lanes)
-                    store_first(y, n * p.y_n + row * p.y_s + c, v0, lanes)
-                c += LANES
+            v0 = _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c, c1 - c)
+            store_first(y, ya + c, v0, c1 - c)
+            c += LANES
+        xa, ya, ra = xa + x_s, ya + y_s, ra + residual_s
 
 
 @merged
