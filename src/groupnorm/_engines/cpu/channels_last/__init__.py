@@ -19,5 +19,4 @@ from groupnorm._engines.cpu.channels_last.forward import FORWARD_PLANES, forward
 from groupnorm._engines.cpu.channels_last.moments import APPLY, MERGE, MOMENTS, SUMS, TILE
 
 __all__ = ["APPLY", "BACKWARD_PLANES", "FORWARD_PLANES", "MERGE", "MOMENTS", "PLANES", "SUMS", "TILE",
-"backward_kernel",
-           "forward_kernel"]  # fmt: skip
+           "backward_kernel", "forward_kernel"]  # fmt: skip

@@ -33,7 +33,6 @@ __all__ = [
     "MOMENTS",
     "SUMS",
     "TILE",
-    "WRITTEN",
     "group_moments",
     "merge_units",
     "slab_channels",
@@ -46,7 +45,6 @@ APPLY, MERGE = 2, 4
 
 TILE = 8  # rows that are summed together, a strip of channels at a time; 16 were a tenth slower from memory
 AHEAD = 16  # rows from a load to the place that is asked for with it
-WRITTEN = 16  # rows that are written together, a strip's numbers in registers; 4 took a third longer for bfloat16
 STRIP = 4 * LANES  # channels of a strip
 
 
