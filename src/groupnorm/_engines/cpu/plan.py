@@ -133,12 +133,12 @@ def _first(p: Problem, num_threads: int) -> Plan:
 
 
 def _last(p: Problem, num_threads: int) -> Plan:
-    block = channels_last.TILE
-    unit = max(1, _UNIT_LAST // p.C // block) * block
+    tile = channels_last.TILE
+    unit = max(1, _UNIT_LAST // p.C // tile) * tile
     units = -(-p.S // unit)
     threads = _threads(p, num_threads)
     slab = _slab(p, threads)
-    few = int(block >= p.S and p.dtype != "float64")  # then what is done by channel would take longer than the rows
+    few = int(p.S <= tile and p.dtype != "float64")  # then what is done by channel would take longer than the rows
     cut = {"unit": unit, "units": units, "parts": units, "slab": slab, "few": few}
     slabs = p.N * max(p.C // slab, 1)
     whole = _balanced(slabs, threads)

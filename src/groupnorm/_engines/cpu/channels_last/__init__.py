@@ -3,8 +3,8 @@ each row.
 
 How a sample is cut depends on its shape alone, never on the batch or on threads, so results do not either:
 
-- a *block* is BLOCK rows (positions) by two vectors of channels: its moments are taken per channel, as statistics.py
-  says for chunks, and merged per channel in float64;
+- a *tile* is TILE rows (positions), summed a strip of channels after the other: a channel to a lane, as statistics.py
+  says for chunks, and added up in float64;
 - a *unit* is `p.unit` rows; the moments of its channels are kept in `work`;
 - a *slab* is `p.slab` channels, whole groups of them; slabs do not depend on each other;
 - a *task* is one slab of one sample, doing everything while the slab is in cache, or `p.per_task` units of all samples,

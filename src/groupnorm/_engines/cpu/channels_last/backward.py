@@ -94,7 +94,7 @@ def _four(rows_, plane, C, lanes):
 
 @jitted
 def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
-    """The sums of dz, dz*xhat and xhat of channels c0..c1 over a unit's rows; by blocks in lanes, then in
+    """The sums of dz, dz*xhat and xhat of channels c0..c1 over a unit's rows; by tiles in lanes, then in
     float64.
     """
     sums = pointer(a.sums, FLOAT64)
@@ -145,7 +145,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
 
 @jitted
 def _add_sums(sums, at, next_, s_dz, s_dzh, s_h, starts, lanes):
-    """Add a block's sums to a unit's, or start the unit with them."""
+    """Add a tile's sums to a unit's, or start the unit with them."""
     wide_dz, wide_dzh, wide_h = widen(s_dz), widen(s_dzh), widen(s_h)
     if not starts:
         wide_dz = wide_dz + load_first(sums, at, lanes)
