@@ -85,7 +85,7 @@ class Engine:
     ) -> Any:
         """`gn.moments`, done by this engine; the public function takes none, and always uses the fastest."""
         call, given = prepare(Options("moments", num_groups, 0.0, layout, None, uneven), {"x": x, "mask": mask})
-        engine, plan = choose(call.problem, self.name)
+        engine, plan = choose(call.problem, self.name, gn.get_num_threads())
         found = np.full((call.problem.N, call.problem.G, 3), np.nan)
         engine.forward(plan, given["x"], None, None, None, None, None, None, given["mask"], None, None, found)
         return gn.Moments(found[..., 0], found[..., 1], found[..., 2])

@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import Any
 
 from groupnorm._core.problem import Problem
-from groupnorm._core.threads import get_num_threads
 from groupnorm.errors import EngineError, OptionError
 
 __all__ = ["ENGINES", "choose", "engine"]
@@ -31,7 +30,7 @@ def engine(name: Any) -> Any:
         ) from error
 
 
-def choose(problem: Problem, impl: str | None) -> tuple[Any, Any]:
+def choose(problem: Problem, impl: str | None, num_threads: int) -> tuple[Any, Any]:
     """The engine (a module) that will take the problem, and its plan. A named engine is obeyed or refused, never
     replaced.
     """
@@ -39,4 +38,4 @@ def choose(problem: Problem, impl: str | None) -> tuple[Any, Any]:
     refusal = chosen.supports(problem)
     if refusal is not None:
         raise EngineError(f'{impl or "cpu"} engine: {refusal}; impl="reference" takes every problem')
-    return chosen, chosen.plan(problem, get_num_threads())
+    return chosen, chosen.plan(problem, num_threads)

@@ -203,7 +203,7 @@ def _learn(key: Any, options: Options, arrays: dict[str, Any], impl: str | None)
     them.
     """
     call, given = prepare(options, arrays)
-    known = (*choose(call.problem, impl), call)
+    known = (*choose(call.problem, impl, get_num_threads()), call)
     if all(given[name] is arrays[name] for name in given):
         if len(_calls) >= _CALLS_KEPT:
             _calls.clear()

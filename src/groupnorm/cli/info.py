@@ -59,6 +59,7 @@ def plan_text(
     """
     import numpy as np
 
+    from groupnorm import get_num_threads
     from groupnorm._core.arguments import Options, prepare
     from groupnorm._core.problem import DTYPES
     from groupnorm._dispatch import choose
@@ -83,7 +84,7 @@ def plan_text(
         stats = _untouched((sizes[0], max(1, groups)), kind)
         arrays |= {"dy": x, "mean": stats, "rstd": stats}
     call, _ = prepare(Options(direction, groups, 1e-5, layout, activation, False), arrays)
-    engine, plan = choose(call.problem, impl)
+    engine, plan = choose(call.problem, impl, get_num_threads())
     return engine.__name__.rpartition(".")[2], str(plan)
 
 

@@ -138,7 +138,7 @@ def _last(p: Problem, num_threads: int) -> Plan:
     units = -(-p.S // unit)
     threads = _threads(p, num_threads)
     slab = _slab(p, threads)
-    few = int(p.S <= tile and p.dtype != "float64")  # then what is done by channel would take longer than the rows
+    few = int(tile >= p.S and p.dtype != "float64")  # then what is done by channel would take longer than the rows
     cut = {"unit": unit, "units": units, "parts": units, "slab": slab, "few": few}
     slabs = p.N * max(p.C // slab, 1)
     whole = _balanced(slabs, threads)

@@ -1,0 +1,27 @@
+"""Group Normalization for PyTorch tensors: a function, a module that is a `torch.nn.GroupNorm`, and Moments.
+
+    import groupnorm.torch as gnt
+    y = gnt.group_norm(x, 32, weight, bias, activation="silu")
+
+Channels are on axis 1; contiguous and channels_last tensors come back as they went in. `functional.py` is the door;
+behind it `call.py` hands tensors to an engine, `autograd.py` differentiates, `ops.py` is what compilers see, and
+`composite.py` is the same in PyTorch's own operations, for whatever an engine does not take: transforms, forward-mode,
+other devices. `module.py` and `convert.py` are for models.
+"""
+
+from groupnorm.torch.convert import Report, convert, revert
+from groupnorm.torch.functional import group_norm
+from groupnorm.torch.module import GroupNorm
+from groupnorm.torch.moments import Moments, merge_moments, moments, normalize
+
+__all__ = [
+    "GroupNorm",
+    "Moments",
+    "Report",
+    "convert",
+    "group_norm",
+    "merge_moments",
+    "moments",
+    "normalize",
+    "revert",
+]

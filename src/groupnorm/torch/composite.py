@@ -1,0 +1,97 @@
+"""Group Normalization in PyTorch's own operations: differentiable in every mode and to every order, on every device.
+
+For what an engine does not take: forward-mode, vmap and the other transforms of torch.func, double backward, tensors
+that are no plain ones or not on the CPU. The equations and their numbers are those of `groupnorm.reference`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["ACTIVATIONS", "group_norm", "moments", "normalize"]
+
+Tensor = Any
+F = torch.nn.functional
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hardswish": F.hardswish,
+}
+
+
+def group_norm(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
+    shift: Tensor, residual: Tensor, mask: Tensor,
+) -> Tensor:  # fmt: skip
+    """y, in x's type; computed in float32, or float64 for float64. Equations (1) to (8)."""
+    d, _, _, var = _deviations(_wide(x), num_groups, mask)
+    xhat = (d * torch.rsqrt(var + eps)).reshape(x.shape)
+    return _epilogue(x, xhat, weight, bias, activation, scale, shift, residual, mask)
+
+
+def moments(x: Tensor, num_groups: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and M2 of each group, (N, G) float64. Equations (1) to (3)."""
+    _, count, mean, var = _deviations(x.double(), num_groups, mask)
+    shape = (x.shape[0], num_groups)
+    count, mean, var = (t.reshape(-1, t.shape[1]).expand(shape) for t in (count, mean, var))
+    return count, mean, var * count
+
+
+def _deviations(v: Tensor, num_groups: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Deviations from the mean, (N, G, D, S), and count, mean and variance, of shapes that fit them."""
+    n, c = v.shape[:2]
+    v = v.reshape(n, num_groups, c // num_groups, -1) if v.numel() else v.reshape(n, num_groups, c // num_groups, 0)
+    if mask is None:
+        count = v.new_full((1, 1, 1, 1), v.shape[2] * v.shape[3])
+    else:
+        m = mask.reshape(n, 1, 1, -1)
+        count = (m.sum(3, keepdim=True) * v.shape[2]).to(v.dtype)
+        v = torch.where(m, v, 0.0)
+    mean = v.sum((2, 3), keepdim=True) / count.clamp(min=1)
+    d = v - mean if mask is None else torch.where(m, v - mean, 0.0)
+    return d, count, mean, (d * d).sum((2, 3), keepdim=True) / count.clamp(min=1)
+
+
+def normalize(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, activation: str | None, scale: Tensor,
+    shift: Tensor, residual: Tensor,
+) -> Tensor:  # fmt: skip
+    """The same with given statistics of shape (N, G)."""
+    v = _wide(x).reshape(*mean.shape, -1)
+    xhat = ((v - mean[..., None]) * rstd[..., None]).reshape(x.shape).to(v.dtype)
+    return _epilogue(x, xhat, weight, bias, activation, scale, shift, residual, None)
+
+
+def _epilogue(
+    x: Tensor, xhat: Tensor, weight: Tensor, bias: Tensor, activation: str | None, scale: Tensor, shift: Tensor,
+    residual: Tensor, mask: Tensor,
+) -> Tensor:  # fmt: skip
+    """Equations (6) to (8)."""
+    z = xhat
+    for_channel = (1, -1) + (1,) * (x.dim() - 2)
+    for_sample = (*x.shape[:2], *for_channel[2:])
+    if weight is not None:
+        z = z * _wide(weight).reshape(for_channel)
+    if bias is not None:
+        z = z + _wide(bias).reshape(for_channel)
+    if scale is not None:
+        z = z * (1 + _wide(scale).reshape(for_sample))
+    if shift is not None:
+        z = z + _wide(shift).reshape(for_sample)
+    if residual is not None:
+        z = z + _wide(residual)
+    if activation is not None:
+        z = ACTIVATIONS[activation](z)
+    if mask is not None:
+        z = torch.where(mask.unsqueeze(1), z, 0.0)
+    return z.to(x.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

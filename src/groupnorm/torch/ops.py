@@ -1,0 +1,100 @@
+"""The operators that compilers see: `torch.ops.groupnorm.group_norm` and its backward.
+
+Eager code goes past them (they cost some microseconds); torch.compile and torch.export keep them as they are, with the
+strides and types that the fakes declare.
+"""
+
+from typing import Any
+
+import torch
+
+from groupnorm.torch import call
+from groupnorm.torch.checks import check
+
+__all__ = ["group_norm"]
+
+Tensor = Any
+
+_OPTIONS = ("int num_groups, Tensor? weight, Tensor? bias, float eps, str? activation, Tensor? scale, Tensor? shift, "
+            "Tensor? residual, Tensor? mask")  # fmt: skip
+_library: Any = torch.library.Library("groupnorm", "DEF")  # type: ignore[no-untyped-call]
+_library.define(f"group_norm(Tensor x, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def group_norm(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
+    shift: Tensor, residual: Tensor, mask: Tensor,
+) -> Tensor:  # fmt: skip
+    """y by way of the operator."""
+    return torch.ops.groupnorm.group_norm(
+        x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask
+    )[0]  # fmt: skip
+
+
+def _forward(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
+    shift: Tensor, residual: Tensor, mask: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return call.forward(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None, True)
+
+
+def _forward_fake(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
+    shift: Tensor, residual: Tensor, mask: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None)
+    stats = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shape = (x.shape[0], num_groups)
+    return call.empty_result(x), x.new_empty(shape, dtype=stats), x.new_empty(shape, dtype=stats)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
+    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    found = call.backward(dy, x, num_groups, weight, bias, mean, rstd, eps, activation, scale, shift, residual, mask,
+                          (True,) * 6)  # fmt: skip
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
+    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    parameters = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias, scale, shift))
+    dresidual = x.new_empty(0) if residual is None else call.empty_result(x).to(residual.dtype)
+    return call.empty_result(x), *parameters, dresidual
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, scale, shift, residual, mask, mean, rstd)
+    ctx.options = num_groups, eps, activation
+
+
+def _differentiate(ctx: Any, dy: Tensor, dmean: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, scale, shift, residual, mask, mean, rstd = ctx.saved_tensors
+    num_groups, eps, activation = ctx.options
+    if dy is None:
+        return (None,) * 10
+    found = torch.ops.groupnorm.group_norm_backward(dy, x, mean, rstd, num_groups, weight, bias, eps, activation, scale,
+                                                    shift, residual, mask)  # fmt: skip
+    given = (x, weight, bias, scale, shift, residual)
+    dx, dweight, dbias, dscale, dshift, dresidual = (
+        None if tensor is None else gradient for tensor, gradient in zip(given, found, strict=True)
+    )
+    return dx, None, dweight, dbias, None, None, dscale, dshift, dresidual, None
+
+
+_library.impl("group_norm", _forward, "CPU")
+_library.impl("group_norm_backward", _backward, "CPU")
+torch.library.register_fake("groupnorm::group_norm", _forward_fake, lib=_library)
+torch.library.register_fake("groupnorm::group_norm_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("groupnorm::group_norm", _differentiate, setup_context=_setup_context, lib=_library)
