@@ -1,4 +1,4 @@
-"""PyTorch's own samples for nn.functional.group_norm, through our NumPy functions, against PyTorch in float64.
+"""PyTorch's own samples for nn.functional.group_norm, through our functions, against PyTorch in float64.
 
 PyTorch's generator means to leave weight and bias away in turn, but each round takes the arguments of the round before,
 so that all its samples have both. Here every sample is therefore repeated with each of them left away.
@@ -105,3 +105,49 @@ def test_groups_that_end_in_a_crash_elsewhere(groups: Any) -> None:
     """num_groups = 0 is a ZeroDivisionError in PyTorch."""
     with pytest.raises(gn.OptionError):
         gn.group_norm(np.ones((2, 6, 3), np.float32), groups)
+
+
+@pytest.mark.parametrize("source", ["sample", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_samples_as_tensors(dtype: str, source: str) -> None:
+    import groupnorm.torch as gnt
+
+    tolerance = TYPES[dtype][1] if dtype in TYPES else {"float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    for x, groups, weight, bias, eps in samples(getattr(torch, dtype), source):
+        leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias)]
+        if eps < 0:
+            with pytest.raises(gn.OptionError, match="eps"):
+                gnt.group_norm(leaves[0], groups, *leaves[1:], eps)
+            continue
+        wide = [None if t is None else t.detach().double().requires_grad_() for t in leaves]
+        ones = torch.ones(x.shape[1], dtype=torch.float64) if weight is None else wide[1]
+        want = torch.nn.functional.group_norm(wide[0], groups, ones, wide[2], eps)
+        y = gnt.group_norm(leaves[0], groups, *leaves[1:], eps)
+        assert y.dtype == x.dtype
+        assert y.stride() == torch.nn.functional.group_norm(x.detach(), groups).stride()
+        torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
+        dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+        y.backward(dy)
+        want.backward(dy.double())
+        for leaf, right in zip(leaves, wide, strict=True):
+            if leaf is not None:
+                scale = max(1.0, float(right.grad.abs().max()) if right.grad.numel() else 0.0)
+                torch.testing.assert_close(leaf.grad.double(), right.grad, rtol=2 * tolerance,
+                                           atol=2 * tolerance * scale)  # fmt: skip
+
+
+def test_samples_of_the_module() -> None:
+    """PyTorch's own ways of making and calling torch.nn.GroupNorm, with our class in its place."""
+    import groupnorm.torch as gnt
+
+    common_modules = pytest.importorskip("torch.testing._internal.common_modules")
+    info = next(m for m in common_modules.module_db if m.module_cls is torch.nn.GroupNorm)
+    found = info.module_inputs_func(info, "cpu", torch.float32, requires_grad=True, training=True)
+    assert found
+    for sample in found:
+        made = sample.constructor_input
+        ours, theirs = (kind(*made.args, **made.kwargs) for kind in (gnt.GroupNorm, torch.nn.GroupNorm))
+        ours.load_state_dict(theirs.state_dict())
+        given = sample.forward_input
+        torch.testing.assert_close(ours(*given.args, **given.kwargs), theirs(*given.args, **given.kwargs))
+        assert repr(ours) == repr(theirs)

@@ -72,7 +72,8 @@ class GroupNorm(torch.nn.GroupNorm):
     def extra_repr(self) -> str:
         """What `torch.nn.GroupNorm` shows, and the options that are not its own."""
         options = [super().extra_repr()]
-        if self._parameters.get("weight") is not None and self._parameters.get("bias") is None:
+        without_bias = self._parameters.get("weight") is not None and self._parameters.get("bias") is None
+        if without_bias and "bias" not in options[0]:  # which newer PyTorch shows itself
             options.append("bias=False")
         if self.activation is not None:
             options.append(f"activation={self.activation!r}")
