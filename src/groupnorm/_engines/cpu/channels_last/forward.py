@@ -109,16 +109,13 @@ def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, slot, first, last, 
     xa, ya, ra = n * p.x_n + first * x_s, n * p.y_n + first * y_s, n * p.residual_n + first * residual_s
     for ma in range(n * p.S + first, n * p.S + last):
         c = c0
-        while c + 2 * LANES <= c1:
-            v0 = _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c, LANES)
-            v1 = _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c + LANES, LANES)
-            write(y, ya + c, v0, streaming)
-            write(y, ya + c + LANES, v1, streaming)
-            c += 2 * LANES
-        while c < c1:
-            v0 = _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c, c1 - c)
-            store_first(y, ya + c, v0, c1 - c)
+        while c + LANES <= c1:
+            v = _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c, LANES)
+            write(y, ya + c, v, streaming)
             c += LANES
+        if c < c1:
+            v = _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c, c1 - c)
+            store_first(y, ya + c, v, c1 - c)
         xa, ya, ra = xa + x_s, ya + y_s, ra + residual_s
 
 
