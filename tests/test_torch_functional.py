@@ -271,6 +271,23 @@ def test_compiled_and_exported():
     assert any(node.target is torch.ops.groupnorm.group_norm.default for node in exported.graph.nodes)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_every_module_compiles_whole(training):
+    torch._dynamo.reset()
+    x = torch.randn(3, 6, 5, 5)
+    for options in ({"inplace": True}, {"track_running_stats": True}):
+        norm = gnt.GroupNorm(3, 6, activation="silu", **options).train(training)
+        compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            before = {name: t.clone() for name, t in norm.state_dict().items()}
+            want = norm(x.clone())
+            after = {name: t.clone() for name, t in norm.state_dict().items()}
+            norm.load_state_dict(before)
+            torch.testing.assert_close(compiled(x.clone()), want)
+        for name, t in norm.state_dict().items():
+            torch.testing.assert_close(t, after[name])
+
+
 # ---- types and errors ------------------------------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ def group_norm(
     `torch.get_num_threads()`. Raises GroupNormError (a ValueError): ShapeError, DtypeError or OptionError. Source: Wu
     and He, Group Normalization, ECCV 2018; equations (1) to (14) of `groupnorm.reference`.
     """
-    if torch.compiler.is_compiling() and out is None:
+    if torch.compiler.is_compiling() and out is None and x.is_cpu:
         return ops.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
     tensors = (x, weight, bias, scale, shift, residual)
     for_engine = is_plain(*tensors, mask, out) and not is_transformed()

@@ -17,7 +17,8 @@ Tensor = Any
 class GroupNorm(torch.nn.GroupNorm):
     """`torch.nn.GroupNorm` with the same parameters and state, and `group_norm` of this package inside.
 
-    activation: what follows the norm, fused with it. inplace: y takes x's memory where no gradient is asked for.
+    activation: what follows the norm, fused with it. inplace: y takes x's memory where no gradient is asked for, and
+    where no compiler plans memory anyway.
     track_running_stats: in training, `running_mean` and `running_var`, (G,), follow the mean and the unbiased variance
     of each group, averaged over the batch, by the fraction `momentum` of the way (0.1 if None); in eval they take the
     place of x's own statistics. These are the rules of `torch.nn.InstanceNorm2d`. Raises GroupNormError (a ValueError)
@@ -66,7 +67,8 @@ class GroupNorm(torch.nn.GroupNorm):
         """`group_norm` of the input with this module's parameters and options."""
         if self.track_running_stats:
             return self._with_running_statistics(input)
-        out = input if self.inplace and not asks_for_gradient(input, self.weight, self.bias) else None
+        followed = torch.compiler.is_compiling() or asks_for_gradient(input, self.weight, self.bias)
+        out = input if self.inplace and not followed else None
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation, out=out)
 
     def extra_repr(self) -> str:

@@ -33,9 +33,12 @@ def asks_for_gradient(*tensors: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether somebody else follows the operations: torch.func's transforms, forward-mode, or a mode of dispatch."""
+    """Whether somebody else follows the operations: the compiler, torch.func's transforms, forward-mode, or a mode of
+    dispatch.
+    """
     return bool(
-        torch._C._are_functorch_transforms_active()
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )
