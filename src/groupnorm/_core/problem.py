@@ -21,7 +21,8 @@ class Problem:
     `task` is what is asked: "forward" (statistics and y), "moments" (statistics alone), "normalize" (y from given
     statistics) or "backward". Sizes are N samples, C channels, S positions, G groups. `walks` holds the Walk of each
     array of x's shape that takes part (x, y, residual, dy, dx, dresidual). `weight`, `bias`, `scale` and `shift` are
-    dtype names, or None where the call has no such array. `stats` says whether backward is given mean and rstd.
+    dtype names, or None where the call has no such array. `stats` says whether backward is given mean and rstd, `dx`
+    whether it is asked for dx and dresidual.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Problem:
     shift: str | None = None
     mask: bool = False
     stats: bool = False
+    dx: bool = True
     uneven: bool = False
     walks: dict[str, Walk] = field(default_factory=dict, hash=False)
 

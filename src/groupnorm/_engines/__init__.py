@@ -11,5 +11,9 @@ An engine is a module with four functions:
 Callers allocate and engines fill. Arrays that a call does not have are None. Arrays of x's shape are walked as
 `problem.walks` says; weight and bias are (C,), scale and shift (N, C), mask (N, S) bool, mean and rstd (N, G) of the
 statistics' dtype, moments (N, G, 3) float64 holding (count, mean, M2), all contiguous. For the task "moments" forward
-writes moments only; for "normalize" it reads them; for "forward" it writes mean and rstd where they are given.
+writes moments only; for "normalize" it reads them; for "forward" it writes mean and rstd where they are given. Backward
+writes dx and dresidual unless `problem.dx` is False.
+
+The CPU engine has a fifth function, `run_at(plan, fresh, x, y, ...)`: the same on addresses in memory instead of
+arrays, for front ends whose tensors are no NumPy arrays.
 """

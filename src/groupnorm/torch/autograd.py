@@ -19,20 +19,18 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
-        num_groups: int, eps: float, activation: str | None,
+        kind: call.Kind,
     ) -> Tensor:  # fmt: skip
         """y, by an engine."""
-        y, mean, rstd = call.forward(
-            x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None, True
-        )
-        ctx.save_for_backward(x, weight, bias, scale, shift, residual, mask, mean, rstd)
-        ctx.options = num_groups, eps, activation
+        y, stats = call.forward(kind, x, weight, bias, scale, shift, residual, mask, None, True)
+        ctx.save_for_backward(x, weight, bias, scale, shift, residual, mask, stats)
+        ctx.options = kind.num_groups, kind.eps, kind.activation
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs that need one."""
-        x, weight, bias, scale, shift, residual, mask, mean, rstd = ctx.saved_tensors
+        x, weight, bias, scale, shift, residual, mask, stats = ctx.saved_tensors
         num_groups, eps, activation = ctx.options
         needs = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
@@ -42,6 +40,6 @@ class Differentiable(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
             gradients = tuple(next(found) if need else None for need in needs)
         else:
-            gradients = call.backward(dy, x, num_groups, weight, bias, mean, rstd, eps, activation, scale, shift,
-                                      residual, mask, needs)  # fmt: skip
-        return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None, None, None)
+            gradients = call.backward(dy, x, num_groups, weight, bias, stats, eps, activation, scale, shift, residual,
+                                      mask, needs)  # fmt: skip
+        return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)

@@ -1,11 +1,15 @@
-"""Tensors to the engine and back, without copies: an engine sees NumPy arrays that lie on the tensors' memory.
+"""Tensors to the engine and back, without copies: an engine is told where their memory begins.
 
 As in the NumPy front end, a call is recognised by everything about it but its data, and what was worked out for it once
-(checks, engine, plan) is kept.
+(checks, engine, plan) is kept as a `Kind`.
 """
 
 import itertools
+import math
 import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -16,28 +20,37 @@ from torch._prims_common import suggest_memory_format
 from groupnorm._core import buffers
 from groupnorm._core.arguments import Call, Options, prepare
 from groupnorm._dispatch import choose
+from groupnorm.errors import ShapeError
 from groupnorm.torch.checks import check
+from groupnorm.torch.road import is_plain
 
-__all__ = ["Gradients", "backward", "empty_result", "forward", "moments", "normalize"]
+__all__ = ["Gradients", "Kind", "backward", "empty_result", "forward", "kind_of", "moments", "normalize"]
 
 Tensor = Any
 
-_CALLS_KEPT = 4096  # a program with more kinds of call than this starts over
+_KINDS_KEPT = 4096  # a program with more kinds of call than this starts over
 _LARGE = 1 << 20  # bytes from which an output lies in recycled memory: see `_core/buffers.py`
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_BFLOAT16, _BYTE = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint8)
 _STATS = {torch.float64: torch.float64}  # the type of mean and rstd where it is not float32
-_calls: dict[Any, "_Known"] = {}
+_kinds: dict[Any, "Kind"] = {}
 
 
-class _Known(NamedTuple):
-    """What is kept of a kind of call."""
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is kept of a kind of call. Without `plain` no engine takes the tensors: then it is the composite's."""
 
-    engine: Any
-    plan: Any
-    call: Call
-    strides: tuple[int, ...]  # of a result of x's shape
-    pack: Any  # the memory format that x is brought into first, None if it is walked as it lies
-    plain: bool  # the arrays of the call are taken as they are; else they are converted each time
+    num_groups: int
+    eps: float
+    activation: str | None
+    plain: bool = False
+    convert: frozenset[str] = frozenset()  # the tensors that have to be converted or packed first
+    memory_format: Any = None  # of what is packed
+    strides: tuple[int, ...] = ()  # of a result of x's shape
+    run: Callable[..., None] | None = None  # the engine with its plan; None if something is converted, or x is empty
+    stats_shape: tuple[int, ...] = ()  # mean and rstd together
+    stats_dtype: Any = None
+    stats_bytes: int = 0  # of mean alone
+    large: bool = False  # results lie in recycled memory
 
 
 class Gradients(NamedTuple):
@@ -51,66 +64,111 @@ class Gradients(NamedTuple):
     dresidual: Tensor
 
 
-def forward(
+def kind_of(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
-    shift: Tensor, residual: Tensor, mask: Tensor, out: Tensor, stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, and mean and rstd of shape (N, G) if `stats`, of CPU tensors, without autograd. y lies in memory as PyTorch's
-    own group_norm would lay it; it is `out` where that is given.
-    """
+    shift: Tensor, residual: Tensor, mask: Tensor, out: Tensor,
+) -> Kind:  # fmt: skip
+    """What is known of this kind of forward, found out now if it is new. Raises whatever is wrong with the call."""
+    usual = scale is None and shift is None and residual is None and mask is None and out is None
+    rest = None if usual else (_form(scale), _form(shift), _form(residual), _form(mask), _form(out))
+    key = (num_groups, num_groups.__class__, eps, activation, torch.get_num_threads(), _form(x), _form(weight),
+           _form(bias), rest)  # fmt: skip
+    try:
+        kind = _kinds.get(key)
+    except TypeError:  # an option that cannot be hashed; the checks will name it
+        kind = None
+    if kind is not None:
+        return kind
+    check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
+    num_groups, eps = int(num_groups), float(eps)
+    if not is_plain(x, weight, bias, scale, shift, residual, mask, out):
+        return Kind(num_groups, eps, activation)
     tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
                "mask": mask, "out": out}  # fmt: skip
-    key = ("forward", num_groups, num_groups.__class__, eps, activation, torch.get_num_threads(), _form(x),
-           _form(weight), _form(bias), _form(scale), _form(shift), _form(residual), _form(mask),
-           _form(out))  # fmt: skip
-    options = Options("forward", num_groups, eps, "NCHW", activation, False)
-    known = _recall(key)
-    if known is None:
-        check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
-        known = _learn(key, options, tensors)
-    arrays = _arrays(known, options, tensors)
+    return _learn(key, Options("forward", num_groups, eps, "NCHW", activation, False), tensors)
+
+
+def forward(
+    kind: Kind, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
+    out: Tensor, stats: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, and mean and rstd as one tensor (2, N, G) if `stats`, without autograd. y lies in memory as PyTorch's own
+    group_norm would lay it; it is `out` where that is given.
+    """
+    if kind.convert or (out is not None and _clash(out, x, residual, weight, bias, scale, shift)):
+        tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
+                   "mask": mask}  # fmt: skip
+        _convert(kind, tensors)
+        x, weight, bias, scale, shift, residual, mask = tensors.values()
+        direct = kind_of(x, kind.num_groups, weight, bias, kind.eps, kind.activation, scale, shift, residual, mask,
+                         None)  # fmt: skip
+        y, found = forward(direct, x, weight, bias, scale, shift, residual, mask, None, stats)
+        return (y if out is None else out.copy_(y)), found
+    if kind.run is None:
+        return _empty(kind, x)[0] if out is None else out, _stats_of_nothing(kind, x) if stats else None
+    fresh = False
     if out is None:
-        y, result = _empty(x, known.strides)
-        target = result
+        y, fresh = _empty(kind, x)
     else:
-        y, result = out, arrays["out"]
-        target = known.call.target(result, arrays["x"], arrays["residual"])
-    shape, dtype = (known.call.problem.N, known.call.problem.G), _STATS.get(x.dtype, torch.float32)
-    mean, rstd = (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)) if stats else (None, None)
-    known.engine.forward(
-        known.plan, arrays["x"], target, arrays["weight"], arrays["bias"], arrays["scale"], arrays["shift"],
-        arrays["residual"], arrays["mask"], _view(mean), _view(rstd), None,
-    )  # fmt: skip
-    if target is not result:
-        np.copyto(result, target)
-    return y, mean, rstd
+        y = out
+        torch.autograd.graph.increment_version(out)
+    found, mean, rstd = None, 0, 0
+    if stats:
+        found = torch.empty(kind.stats_shape, dtype=kind.stats_dtype)
+        mean = found.data_ptr()
+        rstd = mean + kind.stats_bytes
+    kind.run(fresh, _at(x), y.data_ptr(), _at(weight), _at(bias), _at(scale), _at(shift), _at(residual), _at(mask),
+             mean, rstd)  # fmt: skip
+    return y, found
 
 
 def backward(
-    dy: Tensor, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float,
+    dy: Tensor, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, stats: Tensor, eps: float,
     activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor, needs: tuple[bool, ...],
 ) -> Gradients:  # fmt: skip
-    """The gradients of x, weight, bias, scale, shift and residual, those that `needs` marks, in their types."""
-    tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
-               "mask": mask, "dy": dy, "mean": mean, "rstd": rstd}  # fmt: skip
-    key = ("backward", num_groups, eps, activation, torch.get_num_threads(), _form(dy), _form(x), _form(weight),
-           _form(bias), _form(scale), _form(shift), _form(residual), _form(mask))  # fmt: skip
-    options = Options("backward", num_groups, eps, "NCHW", activation, False)
-    known = _recall(key) or _learn(key, options, tensors)
-    arrays = _arrays(known, options, tensors)
-    _, needs_weight, needs_bias, needs_scale, needs_shift, _ = needs
-    dx, dx_array = _empty(x, known.strides)
-    dresidual, dresidual_array = (None, None) if residual is None else _empty(x, known.strides)
+    """The gradients of x, weight, bias, scale, shift and residual, those that `needs` marks, in their types. `stats` is
+    what `forward` gave.
+    """
+    usual = scale is None and shift is None and residual is None and mask is None
+    rest = None if usual else (_form(scale), _form(shift), _form(residual), _form(mask))
+    key = (num_groups, eps, activation, torch.get_num_threads(), needs, _form(dy), _form(x), _form(weight),
+           _form(bias), rest)  # fmt: skip
+    kind = _kinds.get(key)
+    if kind is None:
+        tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
+                   "mask": mask, "dy": dy, "mean": stats[0], "rstd": stats[1]}  # fmt: skip
+        options = Options("backward", num_groups, eps, "NCHW", activation, False)
+        kind = _learn(key, options, tensors, dx=needs[0] or needs[5])
+    if kind.convert:
+        tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
+                   "mask": mask, "dy": dy}  # fmt: skip
+        _convert(kind, tensors)
+        dtype = None if residual is None else residual.dtype
+        x, weight, bias, scale, shift, residual, mask, dy = tensors.values()
+        found = backward(dy, x, num_groups, weight, bias, stats, eps, activation, scale, shift, residual, mask, needs)
+        return found if found.dresidual is None else found._replace(dresidual=found.dresidual.to(dtype))
+    needs_x, needs_weight, needs_bias, needs_scale, needs_shift, needs_residual = needs
+    dx, fresh = _empty(kind, x) if needs_x or needs_residual else (None, False)
+    dresidual = None if dx is None or residual is None else _empty(kind, x)[0]
     dweight, dbias = _empty_like(weight, needs_weight), _empty_like(bias, needs_bias)
     dscale, dshift = _empty_like(scale, needs_scale), _empty_like(shift, needs_shift)
-    known.engine.backward(
-        known.plan, arrays["dy"], arrays["x"], dx_array, arrays["weight"], arrays["bias"], arrays["scale"],
-        arrays["shift"], arrays["residual"], arrays["mask"], arrays["mean"], arrays["rstd"], _view(dweight),
-        _view(dbias), _view(dscale), _view(dshift), dresidual_array,
-    )  # fmt: skip
-    if dresidual is not None and residual.dtype != x.dtype:
-        dresidual = dresidual.to(residual.dtype)
+    if kind.run is None:
+        for gradient in (dweight, dbias, dscale, dshift):
+            if gradient is not None:
+                gradient.zero_()
+    else:
+        mean = stats.data_ptr()
+        kind.run(fresh, _at(x), 0, _at(weight), _at(bias), _at(scale), _at(shift), _at(residual), _at(mask), mean,
+                 mean + kind.stats_bytes, 0, _at(dy), _at(dx), _at(dweight), _at(dbias), _at(dscale), _at(dshift),
+                 _at(dresidual))  # fmt: skip
     return Gradients(dx, dweight, dbias, dscale, dshift, dresidual)
+
+
+def _stats_of_nothing(kind: Kind, x: Tensor) -> Tensor:
+    """mean 0 and rstd of variance 0."""
+    shape, dtype = (x.shape[0], kind.num_groups), _STATS.get(x.dtype, torch.float32)
+    rstd = math.inf if kind.eps == 0 else kind.eps**-0.5
+    return torch.stack((torch.zeros(shape, dtype=dtype), torch.full(shape, rstd, dtype=dtype)))
 
 
 def empty_result(x: Tensor) -> Tensor:
@@ -122,12 +180,14 @@ def moments(x: Tensor, num_groups: int, mask: Tensor) -> Tensor:
     """Count, mean and M2 of each group, as one float64 tensor (N, G, 3)."""
     tensors = {"x": x, "mask": mask}
     key = ("moments", num_groups, torch.get_num_threads(), _form(x), _form(mask))
-    options = Options("moments", num_groups, 0.0, "NCHW", None, False)
-    known = _recall(key) or _learn(key, options, tensors)
-    arrays = _arrays(known, options, tensors)
+    kind = _kinds.get(key) or _learn(key, Options("moments", num_groups, 0.0, "NCHW", None, False), tensors)
+    if kind.convert:
+        _convert(kind, tensors)
+        return moments(tensors["x"], num_groups, tensors["mask"])
     found = torch.empty((x.shape[0], num_groups, 3), dtype=torch.float64)
-    known.engine.forward(known.plan, arrays["x"], None, None, None, None, None, None, arrays["mask"], None, None,
-                         found.numpy())  # fmt: skip
+    if kind.run is None:
+        return found.zero_()
+    kind.run(False, _at(x), 0, 0, 0, 0, 0, 0, _at(mask), 0, 0, found.data_ptr())
     return found
 
 
@@ -138,48 +198,63 @@ def normalize(
     """y from given moments, a float64 tensor (N, G, 3)."""
     tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
     groups = statistics.shape[1]
-    key = ("normalize", groups, eps, activation, torch.get_num_threads(), _form(x), _form(weight), _form(bias),
-           _form(scale), _form(shift), _form(residual))  # fmt: skip
+    key = ("normalize", groups, eps, activation, torch.get_num_threads(), *map(_form, tensors.values()))
     options = Options("normalize", groups, eps, "NCHW", activation, False)
-    known = _recall(key) or _learn(key, options, tensors)
-    arrays = _arrays(known, options, tensors)
-    y, result = _empty(x, known.strides)
-    known.engine.forward(
-        known.plan, arrays["x"], result, arrays["weight"], arrays["bias"], arrays["scale"], arrays["shift"],
-        arrays["residual"], None, None, None, statistics.detach().contiguous().numpy(),
-    )  # fmt: skip
+    kind = _kinds.get(key) or _learn(key, options, tensors)
+    if kind.convert:
+        _convert(kind, tensors)
+        x, weight, bias, *others = tensors.values()
+        return normalize(x, statistics, weight, bias, eps, activation, *others)
+    y, fresh = _empty(kind, x)
+    if kind.run is None:
+        return y
+    statistics = statistics.contiguous()
+    kind.run(fresh, _at(x), y.data_ptr(), _at(weight), _at(bias), _at(scale), _at(shift), _at(residual), 0, 0, 0,
+             statistics.data_ptr())  # fmt: skip
     return y
 
 
 def _form(tensor: Tensor) -> Any:
-    """Everything about a tensor but its data."""
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
-
-
-def _recall(key: Any) -> _Known | None:
-    try:
-        return _calls.get(key)
-    except TypeError:  # an option that cannot be hashed; the checks will name it
+    """Everything about a tensor but its data; something new for what has no strides: that is never recognised."""
+    if tensor is None:
         return None
+    try:
+        return tensor.__class__, tensor.dtype, tensor.is_cpu, tensor.is_neg(), tensor.shape, tensor.stride()
+    except (AttributeError, RuntimeError):  # no tensor, a sparse one, a nested one
+        return object()
 
 
-def _learn(key: Any, options: Options, tensors: dict[str, Tensor]) -> _Known:
+def _learn(key: Any, options: Options, tensors: dict[str, Tensor], dx: bool = True) -> Kind:
     """Choose the engine and the plan of a new kind of call."""
     x = tensors["x"]
+    for tensor in tensors.values():
+        _at(tensor)
+    memory_format = suggest_memory_format(x)
     strides = empty_result(x.to("meta")).stride()
     arrays = {name: _view(tensor) for name, tensor in tensors.items()}
     call, given = prepare(options, arrays)
-    pack = None
-    if not _lies_so(call, strides):
-        pack = suggest_memory_format(x)
-        arrays["x"] = _view(x.contiguous(memory_format=pack))
-        call, given = prepare(options, arrays)
-    plain = all(given[name] is arrays[name] for name in given)
-    known = _Known(*choose(call.problem, None, torch.get_num_threads()), call, strides, pack, plain)
-    if len(_calls) >= _CALLS_KEPT:
-        _calls.clear()
-    _calls[key] = known
-    return known
+    convert = {name for name in given if given[name] is not arrays[name]}
+    convert |= {name for name, tensor in tensors.items() if tensor is not None and tensor.is_neg()}
+    if not _lies_so(call, strides) or "mask" in convert:  # a mask is in the order of x's positions
+        convert |= {"x"}
+    out = tensors.get("out")
+    if out is not None and torch._debug_has_internal_overlap(out) == 1:
+        raise ShapeError("out must have memory of its own for each element: got an expanded tensor; pass out.clone()")
+    if out is not None and not call.fills_out:
+        convert |= {"out"}
+    if not x.numel():
+        convert = set()
+    kind = Kind(options.num_groups, options.eps, options.activation, True, frozenset(convert), memory_format, strides)
+    if not convert and x.numel():
+        p = replace(call.problem, dx=dx)
+        engine, plan = choose(p, None, torch.get_num_threads())
+        stats = _STATS.get(x.dtype, torch.float32)
+        kind = replace(kind, run=partial(engine.run_at, plan), stats_shape=(2, p.N, p.G), stats_dtype=stats,
+                       stats_bytes=p.N * p.G * stats.itemsize, large=x.nbytes >= _LARGE)  # fmt: skip
+    if len(_kinds) >= _KINDS_KEPT:
+        _kinds.clear()
+    _kinds[key] = kind
+    return kind
 
 
 def _lies_so(call: Call, strides: tuple[int, ...]) -> bool:
@@ -191,12 +266,36 @@ def _lies_so(call: Call, strides: tuple[int, ...]) -> bool:
     )
 
 
-def _arrays(known: _Known, options: Options, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The tensors of a known kind of call as its engine takes them."""
-    arrays = {name: _view(tensor) for name, tensor in tensors.items()}
-    if known.pack is not None:
-        arrays["x"] = _view(tensors["x"].contiguous(memory_format=known.pack))
-    return arrays if known.plain else arrays | prepare(options, arrays)[1]
+def _convert(kind: Kind, tensors: dict[str, Tensor]) -> None:
+    """Bring the tensors of this kind of call into types and strides that an engine takes."""
+    dtype = tensors["x"].dtype
+    for name in kind.convert & tensors.keys():
+        tensor = tensors[name].resolve_neg()
+        if name in ("x", "residual", "dy"):
+            tensor = tensor.to(dtype).contiguous(memory_format=kind.memory_format)
+        tensors[name] = tensor if name in ("x", "residual", "dy") else tensor.contiguous()
+
+
+def _clash(out: Tensor, x: Tensor, *others: Tensor) -> bool:
+    """Whether `out` shares memory with an input in any other way than being the very same elements."""
+    storage, at = out.untyped_storage().data_ptr(), out.data_ptr()
+    for tensor in (x, *others):
+        if tensor is not None and tensor is not out and tensor.untyped_storage().data_ptr() == storage:
+            same = tensor.data_ptr() == at and tensor.stride() == out.stride() and tensor.dtype == out.dtype
+            if not same or tensor.shape != out.shape:
+                return True
+    return False
+
+
+def _at(tensor: Tensor) -> int:
+    """Where the tensor's memory begins; 0 for None. Raises ShapeError for one whose memory was given back."""
+    if tensor is None:
+        return 0
+    address: int = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ShapeError(f"tensors must have memory: got one of shape {tuple(tensor.shape)} whose storage was freed; "
+                         "gather or allocate it first")  # fmt: skip
+    return address
 
 
 def _view(tensor: Tensor) -> Any:
@@ -204,22 +303,21 @@ def _view(tensor: Tensor) -> Any:
     if tensor is None:
         return None
     tensor = tensor.detach()
+    if tensor.is_neg():  # of which only the shape and the strides are looked at
+        tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(_BFLOAT16)
     return tensor.numpy()
 
 
-def _empty(x: Tensor, strides: tuple[int, ...]) -> tuple[Tensor, Any]:
-    """A result of x's shape and type, and the NumPy array on it."""
-    if x.nbytes < _LARGE:
-        tensor = torch.empty_strided(x.shape, strides, dtype=x.dtype)
-        return tensor, _view(tensor)
-    dtype = _view(x.new_empty(0)).dtype
-    room = buffers.empty((x.numel(),), dtype)
-    array = np.ndarray(x.shape, dtype, room, strides=[stride * dtype.itemsize for stride in strides])
-    flat = torch.from_numpy(room.view(np.int16) if dtype == _BFLOAT16 else room)
-    return flat.view(x.dtype).as_strided(x.shape, strides), array
+def _empty(kind: Kind, x: Tensor) -> tuple[Tensor, bool]:
+    """A result of x's shape and type, and whether it lies in memory that was never written."""
+    if not kind.large:
+        return torch.empty_strided(x.shape, kind.strides, dtype=x.dtype), False
+    room = buffers.empty((x.nbytes,), _BYTE)
+    fresh = buffers.first_write(room)
+    return torch.from_numpy(room).view(x.dtype).as_strided(x.shape, kind.strides), fresh
 
 
 def _empty_like(parameter: Tensor, needed: bool) -> Tensor:
-    return torch.empty(parameter.shape, dtype=parameter.dtype) if needed and parameter is not None else None
+    return torch.empty_like(parameter) if needed else None

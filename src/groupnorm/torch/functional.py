@@ -8,7 +8,7 @@ from groupnorm.errors import OptionError
 from groupnorm.torch import call, composite, ops
 from groupnorm.torch.autograd import Differentiable
 from groupnorm.torch.checks import check
-from groupnorm.torch.road import asks_for_gradient, is_plain, is_transformed
+from groupnorm.torch.road import asks_for_gradient, is_followed
 
 __all__ = ["group_norm"]
 
@@ -34,25 +34,46 @@ def group_norm(
     `torch.get_num_threads()`. Raises GroupNormError (a ValueError): ShapeError, DtypeError or OptionError. Source: Wu
     and He, Group Normalization, ECCV 2018; equations (1) to (14) of `groupnorm.reference`.
     """
-    if torch.compiler.is_compiling() and out is None and x.is_cpu:
+    if is_followed():
+        return _followed(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
+    kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
+    if asks_for_gradient(x, weight, bias, scale, shift, residual):
+        _refuse_out(out)
+        if kind.plain:
+            return Differentiable.apply(  # type: ignore[no-untyped-call]
+                x, weight, bias, scale, shift, residual, mask, kind
+            )
+    if kind.plain:
+        return call.forward(kind, x, weight, bias, scale, shift, residual, mask, out, False)[0]
+    return _composed(x, kind.num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
+
+
+def _followed(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
+    shift: Tensor, residual: Tensor, mask: Tensor, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """y in operations that whoever follows can see: one operator for compilers, the composite for the others."""
+    compiling = torch.compiler.is_compiling() or torch._C._is_tracing()
+    if compiling and out is None and x.is_cpu and not torch.onnx.is_in_onnx_export():
         return ops.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
-    tensors = (x, weight, bias, scale, shift, residual)
-    for_engine = is_plain(*tensors, mask, out) and not is_transformed()
-    if not for_engine:
-        check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
-    differentiable = asks_for_gradient(*tensors)
-    if out is not None and differentiable:
+    check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
+    if out is not None and asks_for_gradient(x, weight, bias, scale, shift, residual):
+        _refuse_out(out)
+    return _composed(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
+
+
+def _composed(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
+    shift: Tensor, residual: Tensor, mask: Tensor, out: Tensor,
+) -> Tensor:  # fmt: skip
+    """y in PyTorch's own operations."""
+    if x.is_meta and any(t is not None and not t.is_meta for t in (weight, bias, scale, shift, residual)):
+        return call.empty_result(x)  # as PyTorch does: shapes are shown with parameters that have data, too
+    y = composite.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
+    return y if out is None else out.copy_(y)
+
+
+def _refuse_out(out: Tensor) -> None:
+    if out is not None:
         raise OptionError("out cannot be given where a gradient is asked for: got tensors that require one; "
                           "call under torch.no_grad(), or without out")  # fmt: skip
-    if x.is_meta and not all(tensor is None or tensor.is_meta for tensor in tensors):
-        return call.empty_result(
-            x
-        )  # as PyTorch does: with parameters that have data, a tensor without any shows shapes
-    if not for_engine:
-        y = composite.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
-        return y if out is None else out.copy_(y)
-    if differentiable:
-        return Differentiable.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, scale, shift, residual, mask, num_groups, eps, activation
-        )
-    return call.forward(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out, False)[0]

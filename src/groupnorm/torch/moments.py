@@ -9,7 +9,7 @@ import torch
 from groupnorm.errors import GroupNormError, ShapeError
 from groupnorm.torch import call, composite
 from groupnorm.torch.checks import check
-from groupnorm.torch.road import asks_for_gradient, is_plain, is_transformed
+from groupnorm.torch.road import asks_for_gradient, is_followed, is_plain
 
 __all__ = ["Moments", "merge_moments", "moments", "normalize"]
 
@@ -72,7 +72,7 @@ def moments(x: Tensor, num_groups: int, *, mask: Tensor = None) -> Moments:
     Cost: x is read once.
     """
     check(x, num_groups, None, None, 0.0, None, None, None, None, mask, None)
-    if is_plain(x, mask) and not is_transformed() and not asks_for_gradient(x):
+    if is_plain(x, mask) and not is_followed() and not asks_for_gradient(x):
         return Moments(*call.moments(x, num_groups, mask).unbind(2))
     return Moments(*composite.moments(x, num_groups, mask))
 
@@ -95,7 +95,7 @@ def normalize(
     if m.mean.shape[0] != x.shape[0]:
         raise ShapeError(f"m must have one row for each sample: got {m.mean.shape[0]} rows, {x.shape[0]} samples")
     tensors = (x, weight, bias, scale, shift, residual, m.count, m.mean, m.m2)
-    if is_plain(*tensors) and not is_transformed() and not asks_for_gradient(*tensors):
+    if is_plain(*tensors) and not is_followed() and not asks_for_gradient(*tensors):
         statistics = torch.stack((m.count, m.mean, m.m2), 2)
         return call.normalize(x, statistics, weight, bias, eps, activation, scale, shift, residual)
     return composite.normalize(x, m.mean, m.rstd(eps), weight, bias, activation, scale, shift, residual)

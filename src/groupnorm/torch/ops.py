@@ -18,9 +18,9 @@ Tensor = Any
 _OPTIONS = ("int num_groups, Tensor? weight, Tensor? bias, float eps, str? activation, Tensor? scale, Tensor? shift, "
             "Tensor? residual, Tensor? mask")  # fmt: skip
 _library: Any = torch.library.Library("groupnorm", "DEF")  # type: ignore[no-untyped-call]
-_library.define(f"group_norm(Tensor x, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
+_library.define(f"group_norm(Tensor x, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(
-    f"group_norm_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_OPTIONS}) -> "
+    f"group_norm_backward(Tensor dy, Tensor x, Tensor stats, {_OPTIONS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -38,31 +38,31 @@ def group_norm(
 def _forward(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
     shift: Tensor, residual: Tensor, mask: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return call.forward(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None, True)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None)
+    return call.forward(kind, x, weight, bias, scale, shift, residual, mask, None, True)
 
 
 def _forward_fake(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
     shift: Tensor, residual: Tensor, mask: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None)
     stats = torch.float64 if x.dtype == torch.float64 else torch.float32
-    shape = (x.shape[0], num_groups)
-    return call.empty_result(x), x.new_empty(shape, dtype=stats), x.new_empty(shape, dtype=stats)
+    return call.empty_result(x), x.new_empty((2, x.shape[0], num_groups), dtype=stats)
 
 
 def _backward(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
+    dy: Tensor, x: Tensor, stats: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
     activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    found = call.backward(dy, x, num_groups, weight, bias, mean, rstd, eps, activation, scale, shift, residual, mask,
-                          (True,) * 6)  # fmt: skip
+    needs = (True, *(tensor is not None for tensor in (weight, bias, scale, shift, residual)))
+    found = call.backward(dy, x, num_groups, weight, bias, stats, eps, activation, scale, shift, residual, mask, needs)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
+    dy: Tensor, x: Tensor, stats: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
     activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     parameters = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias, scale, shift))
@@ -72,20 +72,21 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    _, stats = output
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, scale, shift, residual, mask, mean, rstd)
+    ctx.save_for_backward(x, weight, bias, scale, shift, residual, mask, stats)
     ctx.options = num_groups, eps, activation
 
 
-def _differentiate(ctx: Any, dy: Tensor, dmean: Tensor, drstd: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, scale, shift, residual, mask, mean, rstd = ctx.saved_tensors
+def _differentiate(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, scale, shift, residual, mask, stats = ctx.saved_tensors
     num_groups, eps, activation = ctx.options
     if dy is None:
         return (None,) * 10
-    found = torch.ops.groupnorm.group_norm_backward(dy, x, mean, rstd, num_groups, weight, bias, eps, activation, scale,
-                                                    shift, residual, mask)  # fmt: skip
+    found = torch.ops.groupnorm.group_norm_backward(
+        dy, x, stats, num_groups, weight, bias, eps, activation, scale, shift, residual, mask
+    )
     given = (x, weight, bias, scale, shift, residual)
     dx, dweight, dbias, dscale, dshift, dresidual = (
         None if tensor is None else gradient for tensor, gradient in zip(given, found, strict=True)

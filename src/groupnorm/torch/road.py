@@ -1,15 +1,18 @@
-"""Which road a call takes: what decides between the engine, autograd, and the composite."""
+"""Which road a call takes: what decides between the engine, autograd, operators and the composite."""
 
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["asks_for_gradient", "is_plain", "is_transformed"]
+__all__ = ["asks_for_gradient", "is_followed", "is_plain"]
 
 Tensor = Any
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_is_functorch_active = torch._C._are_functorch_transforms_active
+_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -29,16 +32,21 @@ def is_plain(*tensors: Tensor) -> bool:
 
 def asks_for_gradient(*tensors: Tensor) -> bool:
     """Whether autograd follows the operations on these tensors (or None)."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
-def is_transformed() -> bool:
-    """Whether somebody else follows the operations: the compiler, torch.func's transforms, forward-mode, or a mode of
-    dispatch.
+def is_followed() -> bool:
+    """Whether somebody else follows the operations, who would not see what an engine does to memory: the compiler,
+    torch.jit.trace, torch.func's transforms, forward-mode, or a mode of dispatch.
     """
     return bool(
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        or _is_functorch_active()
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _modes() > 0
+        or _is_tracing()
     )

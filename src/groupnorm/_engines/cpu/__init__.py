@@ -6,6 +6,7 @@ in, `records.py` what they are told, `compiler.py` and `threads.py` what compile
 to measure against.
 """
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from groupnorm._core import buffers
 from groupnorm._core.problem import Problem
 from groupnorm._engines.cpu.copy import stream_copy
 from groupnorm._engines.cpu.plan import Plan, make_plan
+from groupnorm._engines.cpu.records import ARRAYS
 from groupnorm._engines.cpu.threads import POOL
 
-__all__ = ["backward", "forward", "plan", "stream_copy", "supports"]
+__all__ = ["backward", "forward", "plan", "run_at", "stream_copy", "supports"]
+
+_CALL = struct.Struct(f"{len(ARRAYS) + 1}q")  # the addresses, and whether to write past the cache
 
 
 def supports(problem: Problem) -> str | None:
@@ -63,6 +67,26 @@ def backward(
               dshift, dresidual, work, np.empty(plan.sums), rows)  # fmt: skip
     stream = plan.stream and not buffers.first_write(dx)
     POOL.run(plan.launches[0].address, arrays, stream, plan.threads)
+
+
+def run_at(
+    plan: Plan, fresh: bool, x: int, y: int, weight: int, bias: int, scale: int, shift: int, residual: int, mask: int,
+    mean: int, rstd: int, moments: int = 0, dy: int = 0, dx: int = 0, dweight: int = 0, dbias: int = 0, dscale: int = 0,
+    dshift: int = 0, dresidual: int = 0,
+) -> None:  # fmt: skip
+    """Forward or backward, whatever the plan is for, on addresses in memory, 0 where there is no such array. `fresh`:
+    the output lies in memory that was never written. For a plan that has launches, and for backward with mean and rstd.
+    """
+    scratch = [0, 0, 0]
+    kept = []  # alive until the end
+    for i, count in enumerate((plan.work, plan.sums, plan.rows)):
+        if count:
+            array = np.empty(count)
+            kept.append(array)
+            scratch[i] = array.__array_interface__["data"][0]
+    call = _CALL.pack(x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias,
+                      dscale, dshift, dresidual, *scratch, plan.stream and not fresh)  # fmt: skip
+    POOL.run_at(plan.launches[0].address, call, plan.threads)
 
 
 def _fill_empty(plan: Plan, mean: Any, rstd: Any, zeros: tuple[Any, ...]) -> None:

@@ -96,7 +96,7 @@ def _first(p: Problem, num_threads: int) -> Plan:
     }  # fmt: skip
     threads = _threads(p, num_threads)
     groups = p.N * p.G
-    whole = _balanced(groups, threads)
+    whole = p.dx and _balanced(groups, threads)
     backward = p.task == "backward"
     reasons = [f"{groups} groups of {last_channels * p.S} elements for {threads} threads"]
     per_group = p.D * p.S
@@ -117,8 +117,9 @@ def _first(p: Problem, num_threads: int) -> Plan:
         launches = [maker.launch("groups", both, *by_group, threads, together * units)]
     elif backward:
         launches = [maker.launch("sums", channels_first.SUMS, *by_unit, threads),
-                    maker.launch("merge", channels_first.MERGE, *by_group, threads, units),
-                    maker.launch("gradient", channels_first.APPLY, *by_unit, threads)]  # fmt: skip
+                    maker.launch("merge", channels_first.MERGE, *by_group, threads, units)]  # fmt: skip
+        if p.dx:
+            launches.append(maker.launch("gradient", channels_first.APPLY, *by_unit, threads))
     elif p.task == "normalize":
         launches = [maker.launch("normalize", channels_first.APPLY, *by_unit, threads)]
     else:
@@ -141,7 +142,7 @@ def _last(p: Problem, num_threads: int) -> Plan:
     few = int(tile >= p.S and p.dtype != "float64")  # then what is done by channel would take longer than the rows
     cut = {"unit": unit, "units": units, "parts": units, "slab": slab, "few": few}
     slabs = p.N * max(p.C // slab, 1)
-    whole = _balanced(slabs, threads)
+    whole = p.dx and _balanced(slabs, threads)
     reasons = [f"{slabs} slabs of {slab} channels for {threads} threads"]
     maker = _Maker(p, cut, channels_last)
     backward = p.task == "backward"
@@ -158,8 +159,9 @@ def _last(p: Problem, num_threads: int) -> Plan:
     elif backward:
         launches = [maker.launch("planes", channels_last.PLANES, *by_sample, threads),
                     maker.launch("sums", channels_last.SUMS, *by_unit, threads),
-                    maker.launch("merge", merge, *by_sample, threads),
-                    maker.launch("gradient", apply, *by_unit, threads)]  # fmt: skip
+                    maker.launch("merge", merge, *by_sample, threads)]  # fmt: skip
+        if p.dx:
+            launches.append(maker.launch("gradient", apply, *by_unit, threads))
     else:
         launches = [] if p.task == "normalize" else [maker.launch("moments", moments, *by_unit, threads)]
         launches.append(maker.launch("merge", merge, *by_sample, threads))

@@ -287,15 +287,23 @@ class Pool:
         The arrays' addresses are read where NumPy's C interface has them, in compiled code: asking through Python would
         take a microsecond for each.
         """
-        if threads > self._workers + 1:
-            self._grow(min(threads - 1, MAX_WORKERS))
-        if threads > 1 and not self._looked_for_team and "torch" in sys.modules:
-            self._find_team()
+        self._prepare(threads)
         if self._reads_objects:
             self._launch(self._address, plan, id(arrays), 0, stream)
         else:
             call = np.array([*(0 if a is None else a.ctypes.data for a in arrays), stream], np.int64)
             self._launch(self._address, plan, 0, call.ctypes.data, stream)
+
+    def run_at(self, plan: int, call: bytes, threads: int) -> None:
+        """The same with the CALL itself, as it lies in memory: for callers that have addresses and no arrays."""
+        self._prepare(threads)
+        self._launch_at(self._address, plan, 0, call, 0)
+
+    def _prepare(self, threads: int) -> None:
+        if threads > self._workers + 1:
+            self._grow(min(threads - 1, MAX_WORKERS))
+        if threads > 1 and not self._looked_for_team and "torch" in sys.modules:
+            self._find_team()
 
     def _forget(self) -> None:
         """In a forked child: the threads are gone, and the state may have been caught in the middle of a job."""
@@ -343,7 +351,10 @@ class Pool:
         self._reads_objects = _objects_are_as_expected()
         self._address = self._header.ctypes.data
         self._work = compiled(_work, "threads_work", 4).ctypes
-        self._launch = compiled(_launch, "threads_launch", 5).ctypes
+        launch = compiled(_launch, "threads_launch", 5)
+        self._launch = launch.ctypes
+        kinds = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)  # the bytes in place
+        self._launch_at = ctypes.CFUNCTYPE(None, *kinds)(launch.address)
         self._workers = 0
 
 
