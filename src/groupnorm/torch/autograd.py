@@ -24,22 +24,21 @@ class Differentiable(torch.autograd.Function):
         """y, by an engine."""
         y, stats = call.forward(kind, x, weight, bias, scale, shift, residual, mask, None, True)
         ctx.save_for_backward(x, weight, bias, scale, shift, residual, mask, stats)
-        ctx.options = kind.num_groups, kind.eps, kind.activation
+        ctx.kind = kind
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the inputs that need one."""
         x, weight, bias, scale, shift, residual, mask, stats = ctx.saved_tensors
-        num_groups, eps, activation = ctx.options
-        needs = ctx.needs_input_grad[:6]
-        if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
-            inputs = (x, weight, bias, scale, shift, residual)
-            y = composite.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
-            wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-            gradients = tuple(next(found) if need else None for need in needs)
-        else:
-            gradients = call.backward(dy, x, num_groups, weight, bias, stats, eps, activation, scale, shift, residual,
-                                      mask, needs)  # fmt: skip
-        return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
+        kind, needs = ctx.kind, ctx.needs_input_grad[:6]
+        if not torch.is_grad_enabled():
+            return *call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, needs), None, None
+        # create_graph=True: these gradients will be differentiated
+        y = composite.group_norm(
+            x, kind.num_groups, weight, bias, kind.eps, kind.activation, scale, shift, residual, mask
+        )
+        inputs = (x, weight, bias, scale, shift, residual)
+        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+        return *(next(found) if need else None for need in needs), None, None

@@ -8,7 +8,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ _LARGE = 1 << 20  # bytes from which an output lies in recycled memory: see `_co
 _BFLOAT16, _BYTE = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint8)
 _STATS = {torch.float64: torch.float64}  # the type of mean and rstd where it is not float32
 _kinds: dict[Any, "Kind"] = {}
+_get_num_threads = torch.get_num_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,9 @@ class Kind:
     stats_dtype: Any = None
     stats_bytes: int = 0  # of mean alone
     large: bool = False  # results lie in recycled memory
+    alike: bool = False  # `torch.empty_like` makes them
+    usual: bool = False  # without scale, shift, residual and mask
+    backwards: dict[Any, "Kind"] = field(default_factory=dict, compare=False, repr=False)  # by what is new there
 
 
 class Gradients(NamedTuple):
@@ -69,13 +73,21 @@ def kind_of(
     shift: Tensor, residual: Tensor, mask: Tensor, out: Tensor,
 ) -> Kind:  # fmt: skip
     """What is known of this kind of forward, found out now if it is new. Raises whatever is wrong with the call."""
-    usual = scale is None and shift is None and residual is None and mask is None and out is None
-    rest = None if usual else (_form(scale), _form(shift), _form(residual), _form(mask), _form(out))
-    key = (num_groups, num_groups.__class__, eps, activation, torch.get_num_threads(), _form(x), _form(weight),
-           _form(bias), rest)  # fmt: skip
-    try:
+    rest = None
+    if scale is not None or shift is not None or residual is not None or mask is not None or out is not None:
+        rest = _form(scale), _form(shift), _form(residual), _form(mask), _form(out)
+    try:  # what `_form` gives, for the usual tensors without its calls: 16 KB take 2 us, and this 3
+        key = (
+            num_groups, num_groups.__class__, eps, activation, _get_num_threads(), x.__class__, x.dtype, x.is_cpu,
+            x.is_neg(), x.shape, x.stride(),
+            None if weight is None else (weight.__class__, weight.dtype, weight.is_cpu, weight.is_neg(), weight.shape,
+                                         weight.stride()),
+            None if bias is None else (bias.__class__, bias.dtype, bias.is_cpu, bias.is_neg(), bias.shape,
+                                       bias.stride()),
+            rest,
+        )  # fmt: skip
         kind = _kinds.get(key)
-    except TypeError:  # an option that cannot be hashed; the checks will name it
+    except (AttributeError, RuntimeError, TypeError):  # no tensor or no strides; an option that cannot be hashed
         kind = None
     if kind is not None:
         return kind
@@ -85,7 +97,7 @@ def kind_of(
         return Kind(num_groups, eps, activation)
     tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
                "mask": mask, "out": out}  # fmt: skip
-    return _learn(key, Options("forward", num_groups, eps, "NCHW", activation, False), tensors)
+    return _keep(key, _learn(Options("forward", num_groups, eps, "NCHW", activation, False), tensors))
 
 
 def forward(
@@ -104,48 +116,53 @@ def forward(
                          None)  # fmt: skip
         y, found = forward(direct, x, weight, bias, scale, shift, residual, mask, None, stats)
         return (y if out is None else out.copy_(y)), found
-    if kind.run is None:
+    run = kind.run
+    if run is None:
         return _empty(kind, x)[0] if out is None else out, _stats_of_nothing(kind, x) if stats else None
     fresh = False
-    if out is None:
-        y, fresh = _empty(kind, x)
-    else:
+    if out is not None:
         y = out
         torch.autograd.graph.increment_version(out)
+    elif kind.alike:
+        y = torch.empty_like(x)
+    else:
+        y, fresh = _empty(kind, x)
     found, mean, rstd = None, 0, 0
     if stats:
         found = torch.empty(kind.stats_shape, dtype=kind.stats_dtype)
         mean = found.data_ptr()
         rstd = mean + kind.stats_bytes
-    kind.run(fresh, _at(x), y.data_ptr(), _at(weight), _at(bias), _at(scale), _at(shift), _at(residual), _at(mask),
-             mean, rstd)  # fmt: skip
+    if kind.usual:
+        run(fresh, x.data_ptr() or _at(x), y.data_ptr(), 0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(), 0, 0, 0, 0, mean, rstd)  # fmt: skip
+    else:
+        run(fresh, _at(x), y.data_ptr(), _at(weight), _at(bias), _at(scale), _at(shift), _at(residual), _at(mask), mean,
+            rstd)  # fmt: skip
     return y, found
 
 
 def backward(
-    dy: Tensor, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, stats: Tensor, eps: float,
-    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor, needs: tuple[bool, ...],
+    of: Kind, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, residual: Tensor,
+    mask: Tensor, stats: Tensor, needs: tuple[bool, ...],
 ) -> Gradients:  # fmt: skip
-    """The gradients of x, weight, bias, scale, shift and residual, those that `needs` marks, in their types. `stats` is
-    what `forward` gave.
+    """The gradients of x, weight, bias, scale, shift and residual, those that `needs` marks, in their types. `of` is
+    the kind of the forward, whose tensors these are, `stats` what it gave.
     """
-    usual = scale is None and shift is None and residual is None and mask is None
-    rest = None if usual else (_form(scale), _form(shift), _form(residual), _form(mask))
-    key = (num_groups, eps, activation, torch.get_num_threads(), needs, _form(dy), _form(x), _form(weight),
-           _form(bias), rest)  # fmt: skip
-    kind = _kinds.get(key)
+    key = needs, dy.dtype, dy.is_cpu, dy.is_neg(), dy.stride()
+    kind = of.backwards.get(key)
     if kind is None:
         tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
                    "mask": mask, "dy": dy, "mean": stats[0], "rstd": stats[1]}  # fmt: skip
-        options = Options("backward", num_groups, eps, "NCHW", activation, False)
-        kind = _learn(key, options, tensors, dx=needs[0] or needs[5])
+        options = Options("backward", of.num_groups, of.eps, "NCHW", of.activation, False)
+        kind = of.backwards[key] = _learn(options, tensors, dx=needs[0] or needs[5])
     if kind.convert:
         tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
                    "mask": mask, "dy": dy}  # fmt: skip
         _convert(kind, tensors)
         dtype = None if residual is None else residual.dtype
         x, weight, bias, scale, shift, residual, mask, dy = tensors.values()
-        found = backward(dy, x, num_groups, weight, bias, stats, eps, activation, scale, shift, residual, mask, needs)
+        direct = kind_of(x, of.num_groups, weight, bias, of.eps, of.activation, scale, shift, residual, mask, None)
+        found = backward(direct, dy, x, weight, bias, scale, shift, residual, mask, stats, needs)
         return found if found.dresidual is None else found._replace(dresidual=found.dresidual.to(dtype))
     needs_x, needs_weight, needs_bias, needs_scale, needs_shift, needs_residual = needs
     dx, fresh = _empty(kind, x) if needs_x or needs_residual else (None, False)
@@ -180,7 +197,8 @@ def moments(x: Tensor, num_groups: int, mask: Tensor) -> Tensor:
     """Count, mean and M2 of each group, as one float64 tensor (N, G, 3)."""
     tensors = {"x": x, "mask": mask}
     key = ("moments", num_groups, torch.get_num_threads(), _form(x), _form(mask))
-    kind = _kinds.get(key) or _learn(key, Options("moments", num_groups, 0.0, "NCHW", None, False), tensors)
+    options = Options("moments", num_groups, 0.0, "NCHW", None, False)
+    kind = _kinds.get(key) or _keep(key, _learn(options, tensors))
     if kind.convert:
         _convert(kind, tensors)
         return moments(tensors["x"], num_groups, tensors["mask"])
@@ -200,7 +218,7 @@ def normalize(
     groups = statistics.shape[1]
     key = ("normalize", groups, eps, activation, torch.get_num_threads(), *map(_form, tensors.values()))
     options = Options("normalize", groups, eps, "NCHW", activation, False)
-    kind = _kinds.get(key) or _learn(key, options, tensors)
+    kind = _kinds.get(key) or _keep(key, _learn(options, tensors))
     if kind.convert:
         _convert(kind, tensors)
         x, weight, bias, *others = tensors.values()
@@ -224,7 +242,14 @@ def _form(tensor: Tensor) -> Any:
         return object()
 
 
-def _learn(key: Any, options: Options, tensors: dict[str, Tensor], dx: bool = True) -> Kind:
+def _keep(key: Any, kind: Kind) -> Kind:
+    if len(_kinds) >= _KINDS_KEPT:
+        _kinds.clear()
+    _kinds[key] = kind
+    return kind
+
+
+def _learn(options: Options, tensors: dict[str, Tensor], dx: bool = True) -> Kind:
     """Choose the engine and the plan of a new kind of call."""
     x = tensors["x"]
     for tensor in tensors.values():
@@ -249,11 +274,11 @@ def _learn(key: Any, options: Options, tensors: dict[str, Tensor], dx: bool = Tr
         p = replace(call.problem, dx=dx)
         engine, plan = choose(p, None, torch.get_num_threads())
         stats = _STATS.get(x.dtype, torch.float32)
+        large = x.nbytes >= _LARGE
+        usual = all(tensors.get(name) is None for name in ("scale", "shift", "residual", "mask"))
+        alike = not large and torch.empty_like(x).stride() == strides
         kind = replace(kind, run=partial(engine.run_at, plan), stats_shape=(2, p.N, p.G), stats_dtype=stats,
-                       stats_bytes=p.N * p.G * stats.itemsize, large=x.nbytes >= _LARGE)  # fmt: skip
-    if len(_kinds) >= _KINDS_KEPT:
-        _kinds.clear()
-    _kinds[key] = kind
+                       stats_bytes=p.N * p.G * stats.itemsize, large=large, usual=usual, alike=alike)  # fmt: skip
     return kind
 
 
@@ -312,6 +337,8 @@ def _view(tensor: Tensor) -> Any:
 
 def _empty(kind: Kind, x: Tensor) -> tuple[Tensor, bool]:
     """A result of x's shape and type, and whether it lies in memory that was never written."""
+    if kind.alike:
+        return torch.empty_like(x), False
     if not kind.large:
         return torch.empty_strided(x.shape, kind.strides, dtype=x.dtype), False
     room = buffers.empty((x.nbytes,), _BYTE)

@@ -14,6 +14,9 @@ __all__ = ["group_norm"]
 
 Tensor = Any
 
+# Without the look for transforms of torch.func that `Function.apply` begins with, 3 us of 12: they are not active here.
+_differentiable: Any = super(torch.autograd.Function, Differentiable).apply
+
 
 def group_norm(
     x: Tensor, num_groups: int, weight: Tensor = None, bias: Tensor = None, eps: float = 1e-5, *,
@@ -40,9 +43,7 @@ def group_norm(
     if asks_for_gradient(x, weight, bias, scale, shift, residual):
         _refuse_out(out)
         if kind.plain:
-            return Differentiable.apply(  # type: ignore[no-untyped-call]
-                x, weight, bias, scale, shift, residual, mask, kind
-            )
+            return _differentiable(x, weight, bias, scale, shift, residual, mask, kind)
     if kind.plain:
         return call.forward(kind, x, weight, bias, scale, shift, residual, mask, out, False)[0]
     return _composed(x, kind.num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)

@@ -57,7 +57,8 @@ def _backward(
     activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     needs = (True, *(tensor is not None for tensor in (weight, bias, scale, shift, residual)))
-    found = call.backward(dy, x, num_groups, weight, bias, stats, eps, activation, scale, shift, residual, mask, needs)
+    kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None)
+    found = call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, needs)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
 
 

@@ -77,15 +77,14 @@ def run_at(
     """Forward or backward, whatever the plan is for, on addresses in memory, 0 where there is no such array. `fresh`:
     the output lies in memory that was never written. For a plan that has launches, and for backward with mean and rstd.
     """
-    scratch = [0, 0, 0]
-    kept = []  # alive until the end
-    for i, count in enumerate((plan.work, plan.sums, plan.rows)):
-        if count:
-            array = np.empty(count)
-            kept.append(array)
-            scratch[i] = array.__array_interface__["data"][0]
+    work = sums = rows = 0
+    if plan.scratch:
+        scratch = np.empty(plan.scratch)
+        work = scratch.__array_interface__["data"][0]
+        sums = work + 8 * plan.work
+        rows = sums + 8 * plan.sums
     call = _CALL.pack(x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias,
-                      dscale, dshift, dresidual, *scratch, plan.stream and not fresh)  # fmt: skip
+                      dscale, dshift, dresidual, work, sums, rows, plan.stream and not fresh)  # fmt: skip
     POOL.run_at(plan.launches[0].address, call, plan.threads)
 
 

@@ -61,6 +61,10 @@ class Plan:
     statistics: "Plan | None"  # backward in phases without given statistics: what computes them first
     stream: bool
     threads: int = 1
+    scratch: int = field(init=False)  # work, sums and rows
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scratch", self.work + self.sums + self.rows)
 
     def __str__(self) -> str:
         p = self.problem
@@ -69,7 +73,7 @@ class Plan:
             f"road: {self.road}",
             *(f"  because {reason}" for reason in self.reasons),
             *(f"launch {i}: {x.name}, {x.tasks} tasks on {x.threads} threads" for i, x in enumerate(self.launches, 1)),
-            f"memory beside the arrays: {8 * (self.work + self.sums) + 8 * self.rows} bytes",
+            f"memory beside the arrays: {8 * self.scratch} bytes",
             f"output: {'past the cache (non-temporal stores)' if self.stream else 'through the cache'}",
         ]
         return "\n".join(lines)

@@ -296,7 +296,8 @@ class Pool:
 
     def run_at(self, plan: int, call: bytes, threads: int) -> None:
         """The same with the CALL itself, as it lies in memory: for callers that have addresses and no arrays."""
-        self._prepare(threads)
+        if threads > 1 or self._workers < 0:
+            self._prepare(threads)
         self._launch_at(self._address, plan, 0, call, 0)
 
     def _prepare(self, threads: int) -> None:
