@@ -1,4 +1,4 @@
-"""groupnorm.torch.GroupNorm, Moments of tensors, and the conversion of models."""
+"""groupnorm.torch.GroupNorm and Moments of tensors."""
 
 import copy
 import io
@@ -10,7 +10,6 @@ torch = pytest.importorskip("torch")
 
 import groupnorm as gn  # noqa: E402
 import groupnorm.torch as gnt  # noqa: E402
-from groupnorm.torch.convert import Fused  # noqa: E402
 
 F = torch.nn.functional
 nn = torch.nn
@@ -125,87 +124,3 @@ def test_bad_moments():
         gnt.merge_moments([])
     with pytest.raises(gn.GroupNormError, match="takes Moments"):
         gnt.merge_moments([1.0])
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 12, 3), nn.GroupNorm(3, 12), nn.SiLU(), nn.Conv2d(12, 12, 3), nn.GroupNorm(4, 12),
-        nn.ReLU(inplace=True), nn.Sequential(nn.GroupNorm(12, 12), nn.GELU("tanh"), nn.Conv2d(12, 2, 1)),
-        nn.GroupNorm(1, 2),
-    )  # fmt: skip
-
-
-def test_convert_and_revert():
-    model, x = net(), torch.randn(2, 3, 9, 9)
-    norm, kept, keys, before = model[1], list(model.parameters()), list(model.state_dict()), repr(model)
-    want = model(x)
-    want.square().sum().backward()
-    gradients = [p.grad.clone() for p in kept]
-    report = gnt.convert(model)
-    assert (report.count("swapped"), report.count("fused"), report.count("skipped")) == (4, 3, 0)
-    assert "silu into the norm before" in str(report)
-    assert "4 swapped, 3 fused" in str(report)
-    assert model[1] is norm
-    assert norm.activation == "silu"
-    assert isinstance(model[2], Fused)
-    assert list(model.state_dict()) == keys
-    assert all(map(lambda a, b: a is b, model.parameters(), kept))
-    model.zero_grad()
-    found = model(x)
-    torch.testing.assert_close(found, want)
-    found.square().sum().backward()
-    for p, gradient in zip(kept, gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-4)
-    assert gnt.convert(model).changes == []
-    assert str(gnt.convert(model)).startswith("nothing to do")
-    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), want)
-    gnt.revert(model)
-    assert repr(model) == before
-    assert type(model[1]) is nn.GroupNorm
-    torch.testing.assert_close(model(x), want)
-
-
-def test_what_is_not_fused():
-    class Own(nn.GroupNorm):
-        pass
-
-    shared, watched = nn.GroupNorm(2, 4), nn.GroupNorm(2, 4)
-    seen = []
-    watched.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    model = nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), watched, nn.ReLU(), Own(2, 4), nn.ReLU())
-    x = torch.randn(2, 4, 3)
-    want, first = model(x), seen[0]
-    report = gnt.convert(model)
-    assert report.count("fused") == 0
-    assert report.count("swapped") == 2
-    reasons = str(report)
-    assert all(part in reasons for part in ("several places", "hooks", "class of its own"))
-    torch.testing.assert_close(model(x), want)
-    torch.testing.assert_close(seen[1], first)
-
-
-@pytest.mark.parametrize("affine", [True, False])
-def test_batch_norm_becomes_a_group_norm(affine):
-    """Where the data are as the running statistics say, the GroupNorm gives what the BatchNorm gave."""
-    torch.manual_seed(0)
-    batch_norm = nn.BatchNorm2d(8, affine=affine)
-    with torch.no_grad():
-        batch_norm.running_mean.normal_()
-        batch_norm.running_var.uniform_(0.5, 2)
-        if affine:
-            batch_norm.weight.normal_()
-            batch_norm.bias.normal_()
-    noise = torch.randn(1, 8, 400, 400)
-    noise = (noise - noise.mean((2, 3), keepdim=True)) / noise.std((2, 3), keepdim=True)
-    x = noise * batch_norm.running_var.sqrt()[:, None, None] + batch_norm.running_mean[:, None, None]
-    want = batch_norm.eval()(x)
-    model = nn.Sequential(batch_norm, nn.ReLU())
-    report = gnt.convert(model, batch_norm=True)
-    assert report.count("replaced") == 1
-    assert type(model[0]) is gnt.GroupNorm
-    torch.testing.assert_close(model(x), want.relu(), rtol=1e-3, atol=1e-3)
-    model(x).sum().backward()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from groupnorm.errors import OptionError
 from groupnorm.torch import call, composite, ops
@@ -37,6 +38,11 @@ def group_norm(
     `torch.get_num_threads()`. Raises GroupNormError (a ValueError): ShapeError, DtypeError or OptionError. Source: Wu
     and He, Group Normalization, ECCV 2018; equations (1) to (14) of `groupnorm.reference`.
     """
+    if has_torch_function((x, weight, bias, scale, shift, residual, mask, out)):
+        return handle_torch_function(
+            group_norm, (x, weight, bias, scale, shift, residual, mask, out), x, num_groups, weight, bias, eps,
+            activation=activation, scale=scale, shift=shift, residual=residual, mask=mask, out=out,
+        )  # fmt: skip
     if is_followed():
         return _followed(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)

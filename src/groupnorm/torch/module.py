@@ -67,9 +67,20 @@ class GroupNorm(torch.nn.GroupNorm):
         """`group_norm` of the input with this module's parameters and options."""
         if self.track_running_stats:
             return self._with_running_statistics(input)
-        followed = torch.compiler.is_compiling() or asks_for_gradient(input, self.weight, self.bias)
-        out = input if self.inplace and not followed else None
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation, out=out)
+        return self.normalized(input, self.activation)
+
+    def normalized(
+        self, input: Tensor, activation: str | None = None, scale: Tensor = None, shift: Tensor = None,
+        residual: Tensor = None,
+    ) -> Tensor:  # fmt: skip
+        """`group_norm` of the input with this module's parameters, by its own statistics, and with these arguments."""
+        out = None
+        if self.inplace and not torch.compiler.is_compiling():
+            out = None if asks_for_gradient(input, self.weight, self.bias, scale, shift, residual) else input
+        return group_norm(
+            input, self.num_groups, self.weight, self.bias, self.eps, activation=activation, scale=scale, shift=shift,
+            residual=residual, out=out,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         """What `torch.nn.GroupNorm` shows, and the options that are not its own."""
@@ -94,7 +105,7 @@ class GroupNorm(torch.nn.GroupNorm):
                 self.running_mean.lerp_(found.mean.mean(0).to(self.running_mean.dtype), fraction)
                 self.running_var.lerp_(unbiased.mean(0).to(self.running_var.dtype), fraction)
                 self.num_batches_tracked.add_(1)
-            return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, activation=self.activation)
+            return self.normalized(input, self.activation)
         shape = (input.shape[0], self.num_groups)
         mean, var = (t.double().expand(shape) for t in (self.running_mean, self.running_var))
         given = Moments(torch.ones_like(mean), mean, var)  # of one element, so that M2 is the variance

@@ -1,0 +1,41 @@
+"""A BatchNorm turned into a GroupNorm that starts near it."""
+
+from typing import Any
+
+import torch
+
+from groupnorm.torch.module import GroupNorm
+
+__all__ = ["BATCH_NORMS", "replace_batch_norm"]
+
+Module = Any
+
+BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+_GROUPS = 32  # the number of Wu and He, where it divides the channels and leaves two of them to a group
+
+
+def replace_batch_norm(module: Module) -> None:
+    """Turn a BatchNorm into a GroupNorm. Its running statistics say what the groups' will be: mean u = mean(u_c) and
+    variance s^2 = mean(s_c^2 + (u_c - u)^2) over the channels c of a group. With r_c = 1 / sqrt(s_c^2 + eps), weight' =
+    weight * s * r_c and bias' = bias + weight * (u - u_c) * r_c the GroupNorm gives what the BatchNorm gave.
+    """
+    channels = module.num_features
+    groups = max(d for d in range(1, _GROUPS + 1) if channels % d == 0 and (channels // d > 1 or d == 1))
+    like = module.weight if module.weight is not None else module.running_mean
+    kind: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
+    norm: Any = GroupNorm(groups, channels, module.eps, **kind)
+    if module.weight is not None:
+        norm.weight, norm.bias = module.weight, module.bias  # the same parameters, for who holds them
+    with torch.no_grad():
+        if module.running_mean is not None:
+            mean, var = (t.double().view(groups, -1) for t in (module.running_mean, module.running_var))
+            of_group = mean.mean(1, keepdim=True)
+            std = (var + (mean - of_group) ** 2).mean(1, keepdim=True).sqrt()
+            factor = norm.weight.double() * torch.rsqrt(var + module.eps).view(-1)
+            norm.bias += (factor * (of_group - mean).view(-1)).to(norm.bias.dtype)
+            norm.weight.copy_(factor * std.expand_as(var).reshape(-1))
+    norm.train(module.training)
+    hooks = {key: module.__dict__[key] for key in module.__dict__ if key.endswith("_hooks")}
+    module.__class__ = GroupNorm
+    module.__dict__.clear()
+    module.__dict__.update(norm.__dict__ | hooks)

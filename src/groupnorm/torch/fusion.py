@@ -1,0 +1,224 @@
+"""Norm and activation in one kernel, in the modules of a model, without a change in what the model is.
+
+A module that applies an activation to what a norm gives (a Sequential, a block of diffusers or MONAI, anybody's own)
+gets a class with another `forward`, which hands both to `norm_act`. The module stays the same object with the same
+children, and `norm_act` looks at them at each call.
+"""
+
+import functools
+import inspect
+import types
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.modules import module as torch_module
+
+from groupnorm.torch.composite import ACTIVATIONS
+from groupnorm.torch.module import GroupNorm
+from groupnorm.torch.rewrite import Unreadable, rewrite
+
+__all__ = ["Found", "activation_name", "fuse", "is_fused", "is_watched", "norm_act", "unfuse"]
+
+Module = Any
+Tensor = Any
+F = torch.nn.functional
+
+_MODULES = {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu", torch.nn.Sigmoid: "sigmoid", torch.nn.Tanh: "tanh",
+            torch.nn.Hardswish: "hardswish"}  # fmt: skip
+_FUNCTIONS = {F: ("relu", "silu", "gelu", "sigmoid", "tanh", "hardswish"), torch: ("relu", "sigmoid", "tanh")}
+_DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
+
+
+class Found(NamedTuple):
+    """What `fuse` found in a module: the norms, by their names in it, with their activations; and why it could not look
+    for more.
+    """
+
+    norms: dict[str, str]
+    watched: frozenset[str] = frozenset()  # those of them that are not fused as long as they have hooks
+    reason: str | None = None
+
+
+def norm_act(
+    norm: Module, activation: Module, x: Tensor, scale: Tensor = None, shift: Tensor = None, residual: Tensor = None,
+    inplace: bool = False,
+) -> Tensor:  # fmt: skip
+    """activation(norm(x)*(1 + scale) + shift + residual), by one kernel where nobody could tell the difference.
+
+    norm, activation: modules; the activation also a name in `groupnorm.ACTIVATIONS`. scale, shift: (N, C, 1, ...).
+    inplace: the residual was added in place. Where the norm or the activation are something else by now, or have hooks,
+    they are called one after the other.
+    """
+    name = activation if isinstance(activation, str) else activation_name(activation)
+    if name is not None and isinstance(x, torch.Tensor) and _is_ours(norm) and not is_watched(norm, activation):
+        for_sample = (*x.shape[:2], *[1] * (x.dim() - 2))
+        if scale is None and residual is None:
+            return norm.normalized(x, name)
+        if (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)) and (
+            scale is None or scale.shape == for_sample == shift.shape
+        ):
+            scale, shift = (None, None) if scale is None else (scale.flatten(1), shift.flatten(1))
+            return norm.normalized(x, name, scale, shift, residual)
+    y = norm(x)
+    if scale is not None:
+        y = y * (1 + scale) + shift
+    if residual is not None and inplace:
+        y += residual
+    elif residual is not None:
+        y = y + residual
+    return ACTIVATIONS[activation](y) if isinstance(activation, str) else activation(y)
+
+
+def activation_name(module: Module) -> str | None:
+    """The name of the activation that a module is; None if it is something else."""
+    kind = type(module)
+    if kind is torch.nn.GELU and "forward" not in module.__dict__:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    name = _MODULES.get(kind)
+    return None if name is None or "forward" in module.__dict__ else name
+
+
+def is_watched(*modules: Module) -> bool:
+    """Whether hooks would see that these modules are not called. Names of activations count as modules without."""
+    return bool(torch_module._has_any_global_hook()) or any(  # type: ignore[no-untyped-call]
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+        if not isinstance(module, str)
+    )
+
+
+def fuse(module: Module) -> Found:
+    """Let a module hand its norms and the activations after them to `norm_act`. Nothing happens the second time."""
+    kind: Any = type(module)
+    norms = tuple(sorted(name for name, child in module._modules.items() if type(child) is GroupNorm))
+    if not norms or is_fused(module) or "forward" in module.__dict__:
+        return Found({})
+    if kind.forward is torch.nn.Sequential.forward:
+        steps = _steps(list(module._modules.values()))
+        place = {id(child): name for name, child in module._modules.items()}
+        made, reason = _sequential_class(kind), None
+        found = {place[id(norm)]: (None, place[id(after)]) for norm, after in steps if after is not None}
+    else:
+        activations = sorted(
+            name for name, child in module._modules.items() if child is not None and activation_name(child)
+        )
+        made, found, reason = _block_class(kind, norms, tuple(activations))
+    if not found:
+        return Found({}, reason=reason)
+    module.__class__ = made
+    children = {norm: module._modules.get(child, "") for norm, (_, child) in found.items()}
+    watched = {norm for norm in found if is_watched(module._modules[norm], children[norm])}
+    names = {norm: name or str(activation_name(children[norm])) for norm, (name, _) in found.items()}
+    return Found(names, frozenset(watched))
+
+
+def unfuse(module: Module) -> bool:
+    """Give a module back the class that `fuse` took from it; whether there was one."""
+    if is_fused(module):
+        module.__class__ = module.unfused
+        return True
+    return False
+
+
+def is_fused(module: Module) -> bool:
+    """Whether `fuse` gave the module its class."""
+    return "unfused" in vars(type(module))
+
+
+@functools.cache
+def _sequential_class(kind: Any) -> Any:
+    """A torch.nn.Sequential, or a subclass with its forward, that fuses."""
+
+    def forward(self: Module, input: Tensor) -> Tensor:
+        for module, activation in _steps(list(self._modules.values())):
+            input = module(input) if activation is None else norm_act(module, activation, input)
+        return input
+
+    return _subclass(kind, forward, (_sequential_class, kind))
+
+
+def _steps(modules: list[Module]) -> list[tuple[Module, Module]]:
+    """The modules of a Sequential one after the other, norms together with the activation that follows, or None. A
+    dropout that does nothing may stand between the two, as in MONAI's ADN.
+    """
+    steps = []
+    while modules:
+        module = modules.pop(0)
+        after = 0
+        if type(module) is GroupNorm:
+            while after < len(modules) and _does_nothing(modules[after]):
+                after += 1
+            if after < len(modules) and activation_name(modules[after]) is not None:
+                steps.append((module, modules[after]))
+                del modules[: after + 1]
+                continue
+        steps.append((module, None))
+    return steps
+
+
+def _does_nothing(module: Module) -> bool:
+    kind = type(module)
+    idle = kind is torch.nn.Identity or (kind in _DROPOUTS and (module.p == 0 or not module.training))
+    return idle and not is_watched(module)
+
+
+@functools.cache
+def _block_class(kind: Any, norms: tuple[str, ...], activations: tuple[str, ...]) -> tuple[Any, Any, Any]:
+    """The class that fuses the norms of a block that has these children; the norms, with the name or the module of the
+    activation; and the reason if there is no such class.
+    """
+    innermost = inspect.unwrap(kind.forward)
+    if not isinstance(innermost, types.FunctionType):
+        return None, {}, "its forward is no Python function"
+    self = innermost.__code__.co_varnames[0]
+    known: dict[str, str | None] = dict.fromkeys(f"{self}.{name}" for name in activations)
+    known |= _functions(innermost)
+    try:
+        forward, found = rewrite(
+            kind.forward, {f"{self}.{name}" for name in norms}, known, norm_act
+        )  # fmt: skip
+    except Unreadable as reason:
+        return None, {}, str(reason)
+    named = {norm.split(".")[1]: (known[after], after.split(".")[-1]) for norm, after in found.items()}
+    return _subclass(kind, forward, (_block_class, kind, norms, activations)), named, None
+
+
+def _functions(function: types.FunctionType) -> dict[str, str | None]:
+    """The activations of PyTorch by the names that they have inside a function."""
+    texts: dict[str, str | None] = {}
+    for name, value in function.__globals__.items():
+        if name in function.__code__.co_varnames:
+            continue
+        for owner, path in ((torch, ""), (F, ""), (torch.nn, "functional."), (torch, "nn.functional.")):
+            if value is owner:
+                texts |= {f"{name}.{path}{known}": known for known in _FUNCTIONS[F if path else owner]}
+        for owner, names in _FUNCTIONS.items():
+            for known in names:
+                if value is getattr(owner, known):
+                    texts[name] = known
+    return texts
+
+
+def _subclass(kind: Any, forward: Any, recipe: tuple[Any, ...]) -> Any:
+    """A class that looks like `kind`, with another forward. Pickles and copies are made by the recipe."""
+
+    def reduce(self: Module, protocol: Any) -> Any:
+        _, _, *state = kind.__reduce_ex__(self, protocol)
+        return _restored, recipe, *state
+
+    space = {"forward": forward, "unfused": kind, "__reduce_ex__": reduce, "__module__": kind.__module__,
+             "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}  # fmt: skip
+    return types.new_class(kind.__name__, (kind,), {}, lambda namespace: namespace.update(space))
+
+
+def _restored(make: Any, kind: Any, *children: Any) -> Any:
+    """A new object of the class of a recipe, still empty; of `kind` itself where that is written otherwise here."""
+    made = make(kind, *children)
+    cls = made[0] or kind if isinstance(made, tuple) else made
+    return cls.__new__(cls)
+
+
+def _is_ours(norm: Module) -> bool:
+    """Whether a module is a `GroupNorm` of which nothing was changed, and which leaves the activation to others."""
+    plain = type(norm) is GroupNorm and "forward" not in norm.__dict__
+    return plain and norm.activation is None and not norm.track_running_stats
