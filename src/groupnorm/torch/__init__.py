@@ -6,9 +6,11 @@
 Channels are on axis 1; contiguous and channels_last tensors come back as they went in. `functional.py` is the door;
 behind it `call.py` hands tensors to an engine, `autograd.py` differentiates, `ops.py` is what compilers see, and
 `composite.py` is the same in PyTorch's own operations, for whatever an engine does not take: transforms, forward-mode,
-other devices. `module.py` and `convert.py` are for models.
+other devices. `module.py` and `convert.py` are for models; `fusion.py`, `rewrite.py` and `graph.py` find
+the activations that a norm may take over.
 """
 
+from groupnorm.torch.autocast import get_autocast, set_autocast
 from groupnorm.torch.convert import Report, convert, revert
 from groupnorm.torch.functional import group_norm
 from groupnorm.torch.module import GroupNorm
@@ -19,9 +21,11 @@ __all__ = [
     "Moments",
     "Report",
     "convert",
+    "get_autocast",
     "group_norm",
     "merge_moments",
     "moments",
     "normalize",
     "revert",
+    "set_autocast",
 ]

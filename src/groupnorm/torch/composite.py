@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ACTIVATIONS", "group_norm", "moments", "normalize"]
+__all__ = ["ACTIVATIONS", "by_native", "group_norm", "moments", "normalize"]
 
 Tensor = Any
 F = torch.nn.functional
@@ -33,6 +33,20 @@ def group_norm(
     d, _, _, var = _deviations(_wide(x), num_groups, mask)
     xhat = (d * torch.rsqrt(var + eps)).reshape(x.shape)
     return _epilogue(x, xhat, weight, bias, activation, scale, shift, residual, mask)
+
+
+def by_native(
+    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
+    shift: Tensor, residual: Tensor,
+) -> Tensor:  # fmt: skip
+    """The same without a mask, and with PyTorch's own group_norm in it, for exporters that know that one."""
+    others = [tensor for tensor in (weight, bias, scale, shift, residual) if tensor is not None]
+    if any(tensor.dtype != x.dtype for tensor in others):
+        weight, bias = (None if tensor is None else _wide(tensor) for tensor in (weight, bias))
+        xhat = torch.group_norm(_wide(x), num_groups, weight, bias, eps)
+    else:
+        xhat = torch.group_norm(x, num_groups, weight, bias, eps)
+    return _epilogue(x, xhat, None, None, activation, scale, shift, residual, None)
 
 
 def moments(x: Tensor, num_groups: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from groupnorm.torch.batch_norm import BATCH_NORMS, replace_batch_norm
 from groupnorm.torch.fusion import fuse, unfuse
 from groupnorm.torch.graph import fuse_graph, restore
 from groupnorm.torch.module import GroupNorm
+from groupnorm.torch.per_sample import register_with_opacus
 
 __all__ = ["Change", "Report", "convert", "revert"]
 
@@ -125,6 +126,7 @@ def _check(model: Module) -> None:
 
 
 def _swap(module: Module) -> None:
+    register_with_opacus(GroupNorm)
     module.__class__ = GroupNorm
     module.activation, module.inplace, module.momentum, module.track_running_stats = None, False, None, False
 

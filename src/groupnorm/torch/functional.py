@@ -7,6 +7,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from groupnorm.errors import OptionError
 from groupnorm.torch import call, composite, ops
+from groupnorm.torch.autocast import cast
 from groupnorm.torch.autograd import Differentiable
 from groupnorm.torch.checks import check
 from groupnorm.torch.road import asks_for_gradient, is_followed
@@ -33,7 +34,8 @@ def group_norm(
     "sigmoid", "tanh" or "hardswish". out: a tensor like x that is filled and returned, x itself too, where no gradient
     is asked for.
 
-    Statistics are taken in float32 or wider whatever x's type, under autocast too: x keeps its type. Differentiable to
+    Statistics are taken in float32 or wider whatever x's type, under autocast too: x keeps its type unless
+    `set_autocast` says otherwise. Differentiable to
     any order; backward computes the activation again, so that nothing of x's size but x is kept. Threads:
     `torch.get_num_threads()`. Raises GroupNormError (a ValueError): ShapeError, DtypeError or OptionError. Source: Wu
     and He, Group Normalization, ECCV 2018; equations (1) to (14) of `groupnorm.reference`.
@@ -43,6 +45,7 @@ def group_norm(
             group_norm, (x, weight, bias, scale, shift, residual, mask, out), x, num_groups, weight, bias, eps,
             activation=activation, scale=scale, shift=shift, residual=residual, mask=mask, out=out,
         )  # fmt: skip
+    x = cast(x)
     if is_followed():
         return _followed(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
@@ -60,12 +63,15 @@ def _followed(
     shift: Tensor, residual: Tensor, mask: Tensor, out: Tensor,
 ) -> Tensor:  # fmt: skip
     """y in operations that whoever follows can see: one operator for compilers, the composite for the others."""
+    exporting = torch.onnx.is_in_onnx_export()
     compiling = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if compiling and out is None and x.is_cpu and not torch.onnx.is_in_onnx_export():
+    if compiling and out is None and x.is_cpu and not exporting:
         return ops.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
     check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     if out is not None and asks_for_gradient(x, weight, bias, scale, shift, residual):
         _refuse_out(out)
+    if exporting and mask is None and out is None:  # ONNX has this operator, too
+        return composite.by_native(x, num_groups, weight, bias, eps, activation, scale, shift, residual)
     return _composed(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
 
 

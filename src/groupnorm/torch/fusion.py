@@ -93,6 +93,7 @@ def fuse(module: Module) -> Found:
     norms = tuple(sorted(name for name, child in module._modules.items() if type(child) is GroupNorm))
     if not norms or is_fused(module) or "forward" in module.__dict__:
         return Found({})
+    found: dict[str, tuple[str | None, str]]  # name of the activation if it is a function, name of its module else
     if kind.forward is torch.nn.Sequential.forward:
         steps = _steps(list(module._modules.values()))
         place = {id(child): name for name, child in module._modules.items()}

@@ -7,6 +7,7 @@ import torch
 from groupnorm._core.problem import check_activation, check_eps, check_num_groups
 from groupnorm.torch.functional import group_norm
 from groupnorm.torch.moments import Moments, moments, normalize
+from groupnorm.torch.per_sample import register_with_opacus
 from groupnorm.torch.road import asks_for_gradient
 
 __all__ = ["GroupNorm"]
@@ -50,6 +51,7 @@ class GroupNorm(torch.nn.GroupNorm):
             self.register_buffer("running_mean", torch.zeros(num_groups, **kind))
             self.register_buffer("running_var", torch.ones(num_groups, **kind))
             self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        register_with_opacus(GroupNorm)
 
     def reset_parameters(self) -> None:
         """Weights 1, biases 0; running statistics as they were at the start."""
