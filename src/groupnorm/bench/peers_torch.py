@@ -1,4 +1,6 @@
-"""PyTorch, eager and compiled. Its tensors share memory with the NumPy arrays; NHWC becomes torch's channels_last."""
+"""PyTorch, eager and compiled, and ours in its place. Tensors share memory with the NumPy arrays; NHWC becomes torch's
+channels_last.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 from groupnorm.bench.ready import Ready, Unsupported
 from groupnorm.bench.work import Work, numpy_dtype
 
-__all__ = ["prepare_compiled", "prepare_eager", "to_numpy", "to_torch"]
+__all__ = ["prepare_compiled", "prepare_eager", "prepare_ours", "to_numpy", "to_torch"]
 
 Array = Any
 
@@ -49,6 +51,14 @@ def to_numpy(tensor: Any, axis: int = 1) -> Array:
 def prepare_eager(work: Work) -> Ready:
     """`torch.nn.functional.group_norm`, and the activation after it."""
     return _prepare(work, _function(work))
+
+
+def prepare_ours(work: Work) -> Ready:
+    """`groupnorm.torch.group_norm` in the place of these two, without out=."""
+    from groupnorm.torch import group_norm
+
+    groups, eps, activation = work.case.num_groups, work.case.eps, work.activation
+    return _prepare(work, lambda x, weight, bias: group_norm(x, groups, weight, bias, eps, activation=activation))
 
 
 def prepare_compiled(work: Work) -> Ready:

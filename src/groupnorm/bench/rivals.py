@@ -71,6 +71,7 @@ RIVALS: dict[str, Rival] = {
     for rival in (
         Rival("groupnorm", "groupnorm", _ours),
         Rival("groupnorm-out", "groupnorm, out=", _ours_out),
+        Rival("groupnorm-torch", "groupnorm.torch", peers_torch.prepare_ours, ("torch",), ("torch",)),
         Rival("torch", "PyTorch eager", peers_torch.prepare_eager, ("torch",), ("torch",)),
         Rival("torch-compile", "torch.compile", peers_torch.prepare_compiled, ("torch",), ("torch",)),
         Rival("jax", "JAX jit", _jax, ("jax", "jaxlib"), ("jax", "jaxlib")),
