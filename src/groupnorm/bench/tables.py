@@ -1,6 +1,7 @@
 """The generated tables: each is a function from records to Markdown, under the name that a marker uses."""
 
 from collections.abc import Callable, Iterable
+from statistics import geometric_mean
 from typing import Any
 
 from groupnorm.bench.cases import CASES
@@ -115,6 +116,29 @@ def _against_torch(direction: str, *, headline: bool) -> Callable[[list[Record]]
     return table
 
 
+def _drop_in(records: list[Record]) -> str:
+    """`groupnorm.torch` in the place of PyTorch's operators: how many times faster, over all cases and at worst."""
+    blocks: dict[tuple[str, int], dict[tuple[str, str], list[tuple[float, Record]]]] = {}
+    for group in groups_of_work(records):
+        mine, torch = group.get("groupnorm-torch"), group.get("torch")
+        if mine and torch and mine.median_s and torch.median_s and mine.activation in {None, "silu"}:
+            what = mine.direction + (" with SiLU" if mine.activation else "")
+            for types in (short(mine).removesuffix(" silu"), "all of them"):
+                found = blocks.setdefault(machine_of(group), {}).setdefault((what, types), [])
+                found.append((torch.median_s / mine.median_s, mine))
+    text = []
+    for rows in blocks.values():
+        about = _about([record for ratios in rows.values() for _, record in ratios])
+        lines = ["| | | cases | times faster, geometric mean | least | most |", "|---|---|--:|--:|--:|--:|"]
+        for (what, types), ratios in sorted(rows.items(), key=lambda row: (row[0][0], row[0][1] == "all of them")):
+            (least, worst), (most, best) = (choose(ratios, key=lambda pair: pair[0]) for choose in (min, max))
+            cases = len({record.case for _, record in ratios})
+            lines.append(f"| {what} | {types} | {cases} | {geometric_mean([ratio for ratio, _ in ratios]):.2f} "
+                         f"| {least:.2f} ({worst.case}) | {most:.1f} ({best.case}) |")  # fmt: skip
+        text.append("\n".join([about.removesuffix(" Medians in milliseconds."), "", *lines]))
+    return "\n\n".join(text)
+
+
 def _rivals(direction: str) -> Callable[[list[Record]], str]:
     def table(records: list[Record]) -> str:
         text = []
@@ -199,6 +223,7 @@ TABLES: dict[str, Callable[[list[Record]], str]] = {
     "backward": _against_torch("backward", headline=True),
     "forward-all": _against_torch("forward", headline=False),
     "backward-all": _against_torch("backward", headline=False),
+    "drop-in": _drop_in,
     "rivals-forward": _rivals("forward"),
     "rivals-backward": _rivals("backward"),
     "failures": _failures,
