@@ -274,6 +274,7 @@ def test_the_tree() -> None:
         assert issubclass(error, gn.GroupNormError)
     assert issubclass(gn.GroupNormError, ValueError)
     assert issubclass(gn.DtypeError, TypeError)
+    assert all(issubclass(kind, RuntimeError) for kind in (gn.ShapeError, gn.DtypeError, gn.OptionError))
 
 
 @pytest.mark.parametrize("arguments", [(), (X,), (X, 2, W, W, 1e-5)], ids=["none", "x alone", "eps by place"])

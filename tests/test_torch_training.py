@@ -150,6 +150,35 @@ def test_two_processes_train_as_one(tmp_path):
         torch.testing.assert_close(first[name], parameter, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_distributed_tensors(tmp_path):
+    """A DTensor goes through PyTorch's own operations, however it is sharded, forward and backward."""
+    program = """
+        import sys, torch, torch.distributed as dist, groupnorm.torch as gnt
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        rank, folder = int(sys.argv[1]), sys.argv[2]
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        mesh = init_device_mesh("cpu", (2,))
+        torch.manual_seed(0)
+        x, weight = torch.randn(4, 8, 6, 6, requires_grad=True), torch.randn(8)
+        want = gnt.group_norm(x, 4, weight, activation="silu")
+        want.square().sum().backward()
+        for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+            sharded = distribute_tensor(x.detach(), mesh, [placement]).requires_grad_()
+            y = gnt.group_norm(sharded, 4, distribute_tensor(weight, mesh, [Replicate()]), activation="silu")
+            torch.testing.assert_close(y.full_tensor(), want)
+            y.square().sum().backward()
+            torch.testing.assert_close(sharded.grad.full_tensor(), x.grad, rtol=1e-4, atol=1e-4)
+        dist.destroy_process_group()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    both = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_opacus_finds_per_sample_gradients(activation, monkeypatch):
