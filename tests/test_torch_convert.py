@@ -451,6 +451,17 @@ def test_a_converted_model_can_be_traced():
     torch.testing.assert_close(traced(x), want)
 
 
+def test_modules_that_pickle_in_their_own_way():
+    model, x = torch.fx.symbolic_trace(nn.Sequential(Apart(), nn.GroupNorm(2, 4), nn.ReLU())), torch.randn(2, 3, 5, 5)
+    want = model(x)
+    report = gnt.convert(model)
+    assert (report.count("swapped"), report.count("fused")) == (2, 2)
+    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(same(x), want)
+    gnt.revert(model)
+    assert torch.equal(model(x), want)
+
+
 # ---- the rest --------------------------------------------------------------------------------------------------------
 
 

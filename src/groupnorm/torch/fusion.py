@@ -5,6 +5,7 @@ gets a class with another `forward`, which hands both to `norm_act`. The module 
 children, and `norm_act` looks at them at each call.
 """
 
+import copyreg
 import functools
 import inspect
 import types
@@ -201,11 +202,14 @@ def _functions(function: types.FunctionType) -> dict[str, str | None]:
 
 
 def _subclass(kind: Any, forward: Any, recipe: tuple[Any, ...]) -> Any:
-    """A class that looks like `kind`, with another forward. Pickles and copies are made by the recipe."""
+    """A class that looks like `kind`, with another forward. Pickles and copies are made by the recipe, unless modules
+    of this kind have a way of their own, as those of torch.fx do.
+    """
 
     def reduce(self: Module, protocol: Any) -> Any:
-        _, _, *state = kind.__reduce_ex__(self, protocol)
-        return _restored, recipe, *state
+        make, arguments, *state = kind.__reduce_ex__(self, protocol)
+        usual = make is copyreg._reconstructor or (make is copyreg.__newobj__ and len(arguments) == 1)  # type: ignore[attr-defined]
+        return (_restored, recipe, *state) if usual else (make, arguments, *state)
 
     space = {"forward": forward, "unfused": kind, "__reduce_ex__": reduce, "__module__": kind.__module__,
              "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}  # fmt: skip
