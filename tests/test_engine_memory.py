@@ -158,6 +158,16 @@ def test_output_collected_on_another_thread() -> None:
     assert not wrong
 
 
+def test_a_new_block_takes_the_place_of_free_ones() -> None:
+    """Outputs that grow leave nothing behind but what the last one needs."""
+    gn.empty_cache()
+    for megabytes in (2, 4, 8, 16):
+        gn.group_norm(np.zeros((1, 4, megabytes << 16), np.float32), 2)
+        buffers._collect(buffers._LIMIT)
+        assert [len(block) >> 20 for block in buffers._free] == [megabytes]
+    gn.empty_cache()
+
+
 def test_free_blocks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     x = draw()
     gn.empty_cache()
