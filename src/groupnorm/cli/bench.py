@@ -24,9 +24,6 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Threads for everybody; all CPUs if left away.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each contestant on each piece of work.")] = 0.5,
     cold: Annotated[bool, typer.Option("--cold", help="Also time with nothing in the caches.")] = False,
-    models: Annotated[
-        bool, typer.Option("--models", help="Measure whole models, stock and converted; --cases names models then.")
-    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Few small cases, short times.")] = False,
     save: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
     no_save: Annotated[bool, typer.Option("--no-save", help="Print only; write no records.")] = False,
@@ -52,19 +49,13 @@ def bench(
             set_num_threads(threads)
         if not 0 < seconds <= 60:
             raise OptionError(f"--seconds must be between 0 and 60: got {seconds}")
-        chosen: dict[str, Any] = {
-            "dtypes": _choice("dtypes", dtypes, ("float32", "bfloat16", "float16", "float64")),
-            "layouts": _choice("layouts", layouts, ("NCHW", "NHWC")),
-            "directions": _choice("directions", directions, ("forward", "backward")),
-            "threads": get_num_threads(),
-        }
-        if models:
-            _measure_models(cases, quick, 0.1 if quick else seconds, None if no_save else save, json, chosen)
-            return
         todo = works(
             all_cases.select(cases, quick=quick),
+            dtypes=_choice("dtypes", dtypes, ("float32", "bfloat16", "float16", "float64")),
+            layouts=_choice("layouts", layouts, ("NCHW", "NHWC")),
+            directions=_choice("directions", directions, ("forward", "backward")),
             activations=_activations("none" if quick and activations == "none,model" else activations),
-            **chosen,
+            threads=get_num_threads(),
         )
         _measure(
             list(todo), all_rivals.select(rivals), 0.1 if quick else seconds, cold, None if no_save else save, json
@@ -119,59 +110,6 @@ def _measure(todo: list[Any], rivals: Any, seconds: float, cold: bool, folder: P
         console.print(f"{len(found)} records in {folder}; tables: groupnorm bench --report")
     if any(record.status == "failed" and record.rival.startswith("groupnorm") for record in found):
         raise typer.Exit(1)
-
-
-def _measure_models(
-    names: str | None, quick: bool, seconds: float, folder: Path | None, as_json: bool, chosen: dict[str, Any]
-) -> None:
-    from dataclasses import asdict
-    from importlib import util
-    from json import dumps
-
-    from groupnorm.bench.whole.cases import select
-    from groupnorm.bench.whole.records import save_models
-    from groupnorm.bench.whole.runner import measure_model, model_works
-    from groupnorm.cli.console import console as new_console
-
-    selected = select(names)
-    if util.find_spec("torch") is None:
-        raise OptionError("--models needs torch, which is not installed: pip install 'groupnorm[models,torch]'")
-    console = new_console()
-    found = []
-    for work in model_works(selected, quick=quick, **chosen):
-        records = measure_model(work, budget_s=seconds)
-        found += records
-        if folder is not None and not quick:
-            save_models(records, folder)
-        if not as_json:
-            console.print(_model_table(records))
-    if as_json:
-        print(dumps([asdict(record) for record in found], indent=1))
-    if any(record.status == "failed" and record.variant.startswith("converted") for record in found):
-        raise typer.Exit(1)
-
-
-def _model_table(records: list[Any]) -> Any:
-    from rich.table import Table
-
-    from groupnorm.bench.tables import ms
-
-    first = records[0]
-    title = f"{first.model}  {first.mode}  {first.dtype}  {first.memory_format}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("ms", "quartiles", "times stock", "peak MB", "norms + activations", "error"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for record in records:
-        quartiles = "" if record.q1_s is None else f"{ms(record.q1_s)} .. {ms(record.q3_s)}"
-        faster = f"{first.median_s / record.median_s:.2f}" if first.median_s and record.median_s else ""
-        peak = "" if record.peak_bytes is None else f"{record.peak_bytes / 1e6:.0f}"
-        share = "" if record.norm_share is None else f"{100 * record.norm_share:.0f} %"
-        error = "" if record.error is None else f"{record.error:.0e}"
-        note = "" if record.status == "ok" else f"{record.status}: {record.reason}"
-        table.add_row(record.variant, ms(record.median_s), quartiles, faster, peak, share, error, note)
-    return table
 
 
 def _table(records: list[Any]) -> Any:
