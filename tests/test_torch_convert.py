@@ -193,6 +193,9 @@ class Residual(Block):
         out = self.norm2(out)
         out = x + out
         out = self.act(out)
+        out = self.norm1(out)
+        out = out + x
+        out = self.act(out)
         return F.relu(self.norm3(self.conv(out)) + x, inplace=True)
 
 
@@ -238,7 +241,7 @@ CASES = [
     (TwoStatements, ["silu", "gelu_tanh"]),
     (OneExpression, ["relu", "silu", "silu"]),
     (OtherNames, ["silu", "silu"]),
-    (Residual, ["relu", "silu", "relu"]),
+    (Residual, ["relu", "silu", "silu", "relu"]),
     (Branches, ["silu"]),
     (Decorated, ["silu"]),
 ]
@@ -249,7 +252,7 @@ def test_blocks_are_fused(block, activations):
     x = torch.randn(2, 8, 5, 5)
     ours, report = agree(block(), x)
     assert kernels(ours, x) == activations
-    assert report.count("fused") == len(activations)
+    assert report.count("fused") == (3 if block is Residual else len(activations))
     assert report.count("skipped") == 0
     assert isinstance(ours, block)
     assert type(ours).__name__ == block.__name__
@@ -298,6 +301,13 @@ class SeenTwice(Block):
         return a + h
 
 
+class SeenBeside(Block):
+    def forward(self, x):
+        h = self.norm1(x)
+        h = torch.add(self.act(h), h)
+        return h
+
+
 class SeenLater(Block):
     def forward(self, x):
         for _ in range(2):
@@ -340,7 +350,7 @@ class OtherOptions(Block):
     kind = "tanh"
 
 
-@pytest.mark.parametrize("block", [SeenTwice, SeenLater, Between, OtherOptions])
+@pytest.mark.parametrize("block", [SeenTwice, SeenBeside, SeenLater, Between, OtherOptions])
 def test_blocks_that_are_left_alone(block):
     x = torch.randn(2, 8, 5, 5)
     ours, report = agree(block(), x)
@@ -404,6 +414,8 @@ class Apart(nn.Module):
         h = self.head(x)
         side = x.mean()
         y = self.tail(h)
+        if self.options == "shared":
+            y = self.tail[0](y)
         if self.options == "twice":
             y = y + h.mean()
         if self.options == "eval" and not self.training:
@@ -427,7 +439,7 @@ def test_torch_fx_fuses_what_is_apart():
     assert repr(ours) == repr(Apart())
 
 
-@pytest.mark.parametrize("options", ["twice", "eval", "data"])
+@pytest.mark.parametrize("options", ["shared", "twice", "eval", "data"])
 def test_torch_fx_leaves_alone_what_is_not_sure(options):
     x = torch.randn(2, 3, 5, 5)
     ours, report = agree(Apart(options), x)
