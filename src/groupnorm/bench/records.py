@@ -1,14 +1,14 @@
-"""What a measurement leaves: one record for each rival, in results/<machine>/<case>.json."""
+"""What a measurement leaves: one record for each rival, in results/<machine>/<case>.json; how such files are kept."""
 
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from groupnorm.errors import FileError
 
-__all__ = ["FORMAT", "Record", "load", "save"]
+__all__ = ["FORMAT", "Record", "keep", "load", "read", "save"]
 
 FORMAT = "groupnorm-bench-1"  # other files may live under results/; only those that name this format are read
 
@@ -65,6 +65,24 @@ class Record:
             self.threads,
         )
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What no two records of a file have in common."""
+        return (*self.work, self.rival)
+
+
+class Keyed(Protocol):
+    """A dataclass that is kept in files, once for each key."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What no two records of a file have in common."""
+
+
+K = TypeVar("K", bound=Keyed)
+
 
 def save(records: Iterable[Record], folder: Path) -> list[Path]:
     """Write records to folder/<machine>/<case>.json, in the place of older ones of the same work and rival.
@@ -72,39 +90,43 @@ def save(records: Iterable[Record], folder: Path) -> list[Path]:
     Returns the files written. Raises FileError if a file that is there cannot be understood, OSError if one cannot be
     written.
     """
-    written: dict[Path, dict[tuple[Any, ...], Record]] = {}
+    files: dict[Path, list[Record]] = {}
     for record in records:
-        path = folder / record.machine["slug"] / f"{record.case}.json"
-        if path not in written:
-            written[path] = {(*old.work, old.rival): old for old in (_read(path) or [])} if path.exists() else {}
-        written[path][*record.work, record.rival] = record
-    for path, kept in written.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ordered = [asdict(kept[key]) for key in sorted(kept)]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"format": FORMAT, "records": ordered}, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    return list(written)
+        files.setdefault(folder / record.machine["slug"] / f"{record.case}.json", []).append(record)
+    for path, fresh in files.items():
+        keep(path, fresh, Record, FORMAT)
+    return list(files)
 
 
 def load(folder: Path) -> list[Record]:
     """Every record below folder, in the order of file names. Raises FileError if there is none, or a file is broken."""
-    found = [record for path in sorted(folder.glob("*/*.json")) for record in _read(path) or []]
+    found = [record for path in sorted(folder.glob("*/*.json")) for record in read(path, Record, FORMAT) or []]
     if not found:
         raise FileError(f"no benchmark records: found none below {folder}; make some with: groupnorm bench")
     return found
 
 
-def _read(path: Path) -> list[Record] | None:
-    """The records of one file; None for a file of another format."""
+def keep(path: Path, records: Iterable[K], kind: type[K], form: str) -> None:
+    """Write records to a file of the format `form`, in the place of older ones with the same keys."""
+    kept = {old.key: old for old in (read(path, kind, form) or [])} if path.exists() else {}
+    kept |= {record.key: record for record in records}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = [asdict(kept[key]) for key in sorted(kept)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"format": form, "records": ordered}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read(path: Path, kind: type[K], form: str) -> list[K] | None:
+    """The records of one file, which are of the dataclass `kind`; None for a file of another format than `form`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FileError(f"{path} must be JSON: {error}; delete it and measure again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != form:
         return None
-    names = {field.name for field in fields(Record)}
+    names = {field.name for field in fields(kind)}
     try:
-        return [Record(**{name: entry[name] for name in names}) for entry in content["records"]]
+        return [kind(**{name: entry[name] for name in names}) for entry in content["records"]]
     except (KeyError, TypeError) as error:
-        raise FileError(f"{path} must hold {FORMAT} records: missing {error}; delete it and measure again") from error
+        raise FileError(f"{path} must hold {form} records: missing {error}; delete it and measure again") from error

@@ -8,11 +8,14 @@ A document asks for a table with two lines, between which everything is generate
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from groupnorm.bench.cases import CASES
 from groupnorm.bench.chart import Bar, bar_chart
+from groupnorm.bench.model_records import load_models
+from groupnorm.bench.model_tables import MODEL_TABLES
 from groupnorm.bench.records import Record, load
 from groupnorm.bench.tables import TABLES, groups_of_work, machine_name, ours, short
 from groupnorm.errors import FileError
@@ -37,13 +40,16 @@ def report(root: Path) -> list[Path]:
     another, and when there are no records; then nothing is written.
     """
     records = load(root / "results")
+    models = load_models(root / "results")
+    tables = {name: partial(table, records) for name, table in TABLES.items()}
+    tables |= {name: partial(table, models) for name, table in MODEL_TABLES.items()}
     pictures = _pictures(records, root / "docs" / "img")
     new: dict[Path, str] = {}
     used: set[Path] = set()
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         if path.exists():
             text = path.read_text(encoding="utf-8")
-            filled, shown = _filled(path, text, records, pictures)
+            filled, shown = _filled(path, text, tables, pictures)
             used |= shown
             if filled != text:
                 new[path] = filled
@@ -58,7 +64,7 @@ def report(root: Path) -> list[Path]:
 
 
 def _filled(
-    path: Path, text: str, records: list[Record], pictures: dict[str, dict[Path, str]]
+    path: Path, text: str, tables: Mapping[str, Callable[[], str]], pictures: dict[str, dict[Path, str]]
 ) -> tuple[str, set[Path]]:
     """The text with every marked part made again, and the pictures that it shows."""
     lines: list[str] = []
@@ -72,13 +78,13 @@ def _filled(
                 raise FileError(f"{path}:{number}: marker bench:{found[1]} inside bench:{name} of line {opened}; "
                                 f"close that one first with {_CLOSE}")  # fmt: skip
             name, opened = found[1], number
-            if name in TABLES:
-                body = TABLES[name](records)
+            if name in tables:
+                body = tables[name]()
             elif name in pictures:
                 shown |= set(pictures[name])
                 body = _images(path, pictures[name])
             else:
-                known = ", ".join((*TABLES, *CHARTS))
+                known = ", ".join((*tables, *CHARTS))
                 raise FileError(f"{path}:{number}: marker bench:{name} names no table; known are {known}")
             lines += [line, "", body or "Nothing of this kind was measured yet.", ""]
         elif not fenced and line.strip() == _CLOSE:

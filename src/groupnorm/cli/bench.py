@@ -24,6 +24,10 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Threads for everybody; all CPUs if left away.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each contestant on each piece of work.")] = 0.5,
     cold: Annotated[bool, typer.Option("--cold", help="Also time with nothing in the caches.")] = False,
+    models: Annotated[
+        bool, typer.Option("--models", help="Measure whole models instead, stock and converted; --cases names them.")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compiled", help="With --models: torch.compile, too.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Few small cases, short times.")] = False,
     save: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
     no_save: Annotated[bool, typer.Option("--no-save", help="Print only; write no records.")] = False,
@@ -49,13 +53,24 @@ def bench(
             set_num_threads(threads)
         if not 0 < seconds <= 60:
             raise OptionError(f"--seconds must be between 0 and 60: got {seconds}")
+        chosen: dict[str, Any] = {
+            "dtypes": _choice("dtypes", dtypes, ("float32", "bfloat16", "float16", "float64")),
+            "layouts": _choice("layouts", layouts, ("NCHW", "NHWC")),
+            "directions": _choice("directions", directions, ("forward", "backward")),
+            "threads": get_num_threads(),
+        }
+        if models:
+            from groupnorm.cli.bench_models import measure_models
+
+            measure_models(
+                cases, **chosen, compiled=compiled, seconds=0.1 if quick else seconds, quick=quick,
+                folder=None if no_save else save, as_json=json,
+            )  # fmt: skip
+            return
         todo = works(
             all_cases.select(cases, quick=quick),
-            dtypes=_choice("dtypes", dtypes, ("float32", "bfloat16", "float16", "float64")),
-            layouts=_choice("layouts", layouts, ("NCHW", "NHWC")),
-            directions=_choice("directions", directions, ("forward", "backward")),
             activations=_activations("none" if quick and activations == "none,model" else activations),
-            threads=get_num_threads(),
+            **chosen,
         )
         _measure(
             list(todo), all_rivals.select(rivals), 0.1 if quick else seconds, cold, None if no_save else save, json

@@ -1,0 +1,171 @@
+"""Measures models: verify every variant against the exact result, time all in turns, then memory and where time is."""
+
+import functools
+import gc
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import groupnorm as gn
+from groupnorm.bench.machine import Machine, describe, versions
+from groupnorm.bench.model_memory import peak_bytes
+from groupnorm.bench.model_profile import norm_share
+from groupnorm.bench.model_records import ModelRecord
+from groupnorm.bench.model_work import ModelWork, build, step
+from groupnorm.bench.models import ModelCase
+from groupnorm.bench.timing import Timing, measure
+
+__all__ = ["TOLERANCE", "error", "measure_model", "run_models"]
+
+Tensor = Any
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # an error that is always allowed ...
+_RATIO = 2  # ... and so many times that of stock, which deep models in bfloat16 need
+_EXACT = {"float32": "float64", "bfloat16": "float32"}  # the dtype that gives the exact result: five digits more
+_NOTHING = 1e-3  # gradients below this part of the largest one are nothing but rounding, that of a key's bias for one
+
+
+def run_models(
+    todo: Iterable[ModelWork], *, budget_s: float = 1.0, memory: bool = True,
+    report: Callable[[list[ModelRecord]], Any] = lambda records: None,
+) -> list[ModelRecord]:  # fmt: skip
+    """The records of all work, in its order; `report` sees those of each piece of work as soon as they exist."""
+    import torch
+
+    machine, before = describe(), (gn.get_num_threads(), torch.get_num_threads())
+    found: list[ModelRecord] = []
+    try:
+        for work in todo:
+            gn.set_num_threads(work.threads)
+            torch.set_num_threads(work.threads)
+            records = measure_model(work, machine, budget_s=budget_s, memory=memory)
+            found += records
+            report(records)
+    finally:
+        gn.set_num_threads(before[0])
+        torch.set_num_threads(before[1])
+        _exact.cache_clear()
+    return found
+
+
+@dataclass(slots=True)
+class _Entry:
+    variant: str
+    compiled: bool
+    swapped: int
+    fused: int
+    run: Callable[[], Any] | None  # None once it failed
+    reason: str | None = None
+    error: float | None = None
+    peak_bytes: int | None = None
+    share: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant} compiled" if self.compiled else self.variant
+
+
+def measure_model(
+    work: ModelWork, machine: Machine, *, budget_s: float = 1.0, memory: bool = True
+) -> list[ModelRecord]:
+    """One record for each variant; one that fails or is wrong is recorded with the reason and not timed."""
+    exact = _exact(work.case, work.size, work.mode, work.dtype, work.threads)
+    entries = _entries(work)
+    stock = entries[0]
+    for entry in entries:
+        _verify(entry, work, exact, stock.error)
+    times = measure(
+        {entry.name: entry.run for entry in entries if entry.run is not None},
+        budget_s=budget_s, min_repeats=work.case.repeats,
+    )  # fmt: skip
+    measured = [entry for entry in entries if entry.run is not None and not entry.compiled]
+    for entry in measured:
+        entry.share = norm_share(entry.run) if entry.run is not None else None
+    for entry in entries:
+        entry.run = None
+    gc.collect()  # the models go before others are built
+    for entry in measured:
+        entry.peak_bytes = peak_bytes(work, converted=entry.variant == "converted") if memory else None
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    return [_record(entry, work, machine, times.get(entry.name), stock.error, date) for entry in entries]
+
+
+def error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """The largest distance of a tensor from the exact one, as a part of its length (2-norm); inf for what is not finite
+    or of another shape.
+    """
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in exact]:
+        return math.inf
+    scales = [tensor.norm().item() / max(1, tensor.numel()) ** 0.5 for tensor in exact]
+    worst = 0.0
+    for tensor, wanted, scale in zip(found, exact, scales, strict=True):
+        length = max(scale, _NOTHING * max(scales)) * max(1, wanted.numel()) ** 0.5
+        distance = (tensor.to(wanted.dtype) - wanted).norm().item() / length if length else 0.0
+        worst = max(worst, distance) if math.isfinite(distance) else math.inf
+    return worst
+
+
+@functools.lru_cache(maxsize=1)  # memory formats share it
+def _exact(case: ModelCase, size: str, mode: str, dtype: str, threads: int) -> tuple[Tensor, ...]:
+    work = ModelWork(case, mode, size, dtype, "contiguous", False, threads)
+    built = build(work, dtype=_EXACT[dtype])
+    return step(work, built.model, built.inputs)()
+
+
+def _entries(work: ModelWork) -> list[_Entry]:
+    """Stock and converted, eager; then the same models compiled, if that is wanted."""
+    found: list[_Entry] = []
+    built = {"stock": build(work), "converted": build(work, converted=True)}
+    for variant, made in built.items():
+        run = step(work, made.model, made.inputs)
+        found.append(_Entry(variant, False, made.swapped, made.fused, run))
+    if work.compiled:
+        import torch
+        import torch._inductor.config
+
+        torch._dynamo.reset()  # one graph for each measurement, not a cache of many
+        torch._inductor.config.compile_threads = 1
+        for variant, made in built.items():
+            run = step(work, torch.compile(made.model, dynamic=False), made.inputs)
+            found.append(_Entry(variant, True, made.swapped, made.fused, run))
+    return found
+
+
+def _verify(entry: _Entry, work: ModelWork, exact: tuple[Tensor, ...], stock_error: float | None) -> None:
+    """Run an entry once; take away its `run`, and note the reason, if it cannot be measured."""
+    assert entry.run is not None
+    try:
+        entry.error = error(entry.run(), exact)
+    except Exception as raised:  # whatever a model or a compiler raises goes into the record
+        text = str(raised).strip() or "no message"
+        entry.run, entry.reason = None, f"{type(raised).__name__}: {text.splitlines()[0]}"[:300]
+        return
+    allowed = max(TOLERANCE[work.dtype], _RATIO * (stock_error or 0.0))
+    if entry.error > allowed and entry.name != "stock":
+        entry.run, entry.reason = None, f"wrong result: error {entry.error:.1e}, allowed {allowed:.1e}"
+
+
+def _record(
+    entry: _Entry, work: ModelWork, machine: Machine, time: Timing | None, stock_error: float | None, date: str
+) -> ModelRecord:
+    return ModelRecord(
+        machine={"slug": machine.slug, **asdict(machine)},
+        versions=versions(("torch", *work.case.needs)),
+        date=date,
+        model=work.case.name, size=work.size, mode=work.mode, dtype=work.dtype, memory_format=work.memory_format,
+        compiled=entry.compiled, threads=work.threads, variant=entry.variant,
+        status="ok" if entry.reason is None else "failed", reason=entry.reason,
+        error=_rounded(entry.error), stock_error=_rounded(stock_error),
+        median_s=_rounded(time.median_s if time else None), q1_s=_rounded(time.q1_s if time else None),
+        q3_s=_rounded(time.q3_s if time else None),
+        repeats=time.repeats if time else 0,
+        peak_bytes=entry.peak_bytes, norm_share=_rounded(entry.share),
+        swapped=entry.swapped, fused=entry.fused,
+    )  # fmt: skip
+
+
+def _rounded(value: float | None) -> float | None:
+    """Five digits: more is noise. None for what JSON has no number for."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
