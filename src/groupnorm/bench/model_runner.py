@@ -142,8 +142,9 @@ def _verify(entry: _Entry, work: ModelWork, exact: tuple[Tensor, ...], stock_err
         text = str(raised).strip() or "no message"
         entry.run, entry.reason = None, f"{type(raised).__name__}: {text.splitlines()[0]}"[:300]
         return
-    allowed = max(TOLERANCE[work.dtype], _RATIO * (stock_error or 0.0))
-    if entry.error > allowed and entry.name != "stock":
+    usual = stock_error if stock_error is not None and math.isfinite(stock_error) else 0.0
+    allowed = max(TOLERANCE[work.dtype], _RATIO * usual)
+    if math.isinf(entry.error) or (entry.error > allowed and entry.name != "stock"):
         entry.run, entry.reason = None, f"wrong result: error {entry.error:.1e}, allowed {allowed:.1e}"
 
 

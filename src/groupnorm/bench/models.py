@@ -23,7 +23,7 @@ MODES = ("inference", "training", "dp-sgd")  # forward; forward and backward; a 
 class ModelCase:
     """One model, and what is run of it.
 
-    build(size): a torch.nn.Module that takes inputs(size) and gives one tensor. sizes: the modes that are measured, with
+    build(size): a torch.nn.Module that takes inputs(size) and gives one tensor. sizes: the modes to be measured, with
     a size for each. needs: modules that must be installed beside torch. compiled: the modes in which torch.compile is
     measured, too. repeats: the least number of samples. headline: part of the short table.
     """

@@ -43,10 +43,15 @@ def measure_models(
         if not as_json:
             console.print(_table(records))
 
-    works = model_works(
+    works = list(model_works(
         cases, modes=[mode for direction in directions for mode in _MODES[direction]], dtypes=dtypes,
         memory_formats=[_MEMORY_FORMATS[layout] for layout in layouts], compiled=compiled, threads=threads, tiny=quick,
-    )  # fmt: skip
+    ))  # fmt: skip
+    if not works:
+        raise OptionError(
+            f"nothing to measure: models are measured in float32 and bfloat16; got {', '.join(dtypes)}, "
+            f"{' and '.join(directions)} of {', '.join(case.name for case in cases)}"
+        )
     found = run_models(works, budget_s=seconds, memory=not quick, report=done)
     if as_json:
         print(dumps([asdict(record) for record in found], indent=1))
