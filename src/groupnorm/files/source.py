@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from groupnorm.errors import DtypeError, FileError, ShapeError
+from groupnorm.errors import DtypeError, FileError, GroupNormError, ShapeError
 from groupnorm.files import npy
 from groupnorm.files.npy import Form
 
@@ -258,6 +258,8 @@ class Source:
         """What the system and the archive may raise, as FileError."""
         try:
             yield
+        except GroupNormError:  # which says what is wrong; some are RuntimeErrors, too
+            raise
         except OSError as error:
             raise FileError(
                 f"{self.what}: cannot be read ({error.strerror or error}); check the disk and try again"
@@ -268,8 +270,6 @@ class Source:
                 f"{self.what}: cannot be read ({error}); the file is corrupt or cut off, save or copy it again"
             ) from error
         except ValueError as error:
-            if isinstance(error, (FileError, DtypeError)):
-                raise
             raise FileError(f"{self.what}: cannot be read ({error}); the file is corrupt, save it again") from error
 
 
