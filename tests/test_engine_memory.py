@@ -18,7 +18,7 @@ from groupnorm._engines import cpu
 from programs import python
 
 planning = import_module("groupnorm._engines.cpu.plan")  # the package has a function of that name
-LARGE = (4, 32, 64, 64)  # 2 MB: threads share it, and its output is a recycled block
+LARGE = (64, 32, 64, 64)  # 32 MiB: its output is a recycled block
 
 
 def draw(shape: tuple[int, ...] = LARGE, seed: int = 0) -> Any:
@@ -161,34 +161,42 @@ def test_output_collected_on_another_thread() -> None:
 def test_a_new_block_takes_the_place_of_free_ones() -> None:
     """Outputs that grow leave nothing behind but what the last one needs."""
     gn.empty_cache()
-    for megabytes in (2, 4, 8, 16):
+    for megabytes in (32, 40, 48):
         gn.group_norm(np.zeros((1, 4, megabytes << 16), np.float32), 2)
-        buffers._collect(buffers._LIMIT)
-        assert [len(block) >> 20 for block in buffers._free] == [megabytes]
+        assert [span.size >> 20 for span in buffers._free] == [megabytes]
     gn.empty_cache()
 
 
-def test_free_blocks_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_free_outputs_of_the_largest_size_are_kept() -> None:
+    """At once, not at the next call."""
     x = draw()
     gn.empty_cache()
-    monkeypatch.setattr(buffers, "_LIMIT", 5 * x.nbytes)
-    outputs = [gn.group_norm(x, 8) for _ in range(12)]
+    outputs = [gn.group_norm(x, 8) for _ in range(5)]
+    outputs.append(gn.group_norm(x[: len(x) // 2 + 1], 8))
     del outputs
     gc.collect()
-    last = gn.group_norm(x, 8)
-    assert sum(map(len, buffers._free)) <= 5 * x.nbytes
-    del last
+    assert x.nbytes <= sum(span.size for span in buffers._free) <= 2 * x.nbytes
     gn.empty_cache()
     assert not buffers._free
 
 
-def test_block_of_another_size_is_not_wasted() -> None:
+def test_small_outputs_share_a_block_that_is_whole_again_after_them() -> None:
+    x = draw((2 * LARGE[0], *LARGE[1:]))
     gn.empty_cache()
-    where = address(gn.group_norm(draw((8, 32, 64, 64)), 8))
+    where = address(gn.group_norm(x, 8))
     gc.collect()
-    small = gn.group_norm(draw((4, 32, 64, 64)), 8)
-    assert address(small) != where
-    del small
+    pieces = [gn.group_norm(half, 8) for half in (x[: LARGE[0]], x[LARGE[0] :])]
+    assert sorted(map(address, pieces)) == [where, where + pieces[0].nbytes]
+    again = gn.group_norm(x, 8)
+    assert address(again) != where, "both pieces are in use"
+    assert np.array_equal(again, np.concatenate(pieces)), "pieces overlap"
+    del again
+    while pieces:
+        pieces.pop()
+        gc.collect()
+    assert where in [span.block and address(np.frombuffer(span.block, np.uint8)) for span in buffers._free]
+    assert all(span.size == len(span.block) for span in buffers._free)
+    gn.empty_cache()
 
 
 RSS = """
@@ -196,7 +204,7 @@ import numpy as np, groupnorm as gn, resource, sys
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 small = np.ones((4, 32, 64, 64), 'f4')
 {warm}
-x = np.ones((16, 64, 128, 128), 'f4')
+x = np.ones((16, 64, 128, 128), 'f4')  # 64 MiB
 before = peak()
 y = {call}
 print((peak() - before) / x.nbytes)

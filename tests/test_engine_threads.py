@@ -14,7 +14,7 @@ import pytest
 import groupnorm as gn
 from programs import SOURCE, python
 
-LARGE = (4, 32, 64, 64)  # 2 MB: threads share it, and its output is a recycled block
+LARGE = (4, 32, 64, 64)  # 2 MB: threads share it
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
 

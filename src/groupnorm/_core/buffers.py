@@ -1,70 +1,93 @@
 """Recycled memory for outputs: what a dead array leaves, the next large output takes.
 
 Writing to memory that the process never touched costs a page fault per page, several times what Group Normalization
-itself costs (on the reference machine 103 MB: 25 ms of faults against 6 ms of work). So a large output lies in a block
-that comes back here when the last array that views it is gone. Free blocks are bounded; `empty_cache` gives them back
-to the system. A new block takes the place of free ones that do not fit: a model whose tensors grow from layer to layer
-would keep one of each size otherwise.
+itself costs (on the reference machine 103 MB: 25 ms of faults against 6 ms of work). Allocators of the C library know
+that up to a size, and take everything larger from the system each time. So an output above that size lies in a block
+that comes back here when the last array that views it is gone. A smaller output takes a piece of a block, whose rest
+stays free, and neighbouring pieces that are free are one again.
+
+Of free memory two outputs of the largest size are kept, which is what a forward and its backward let go of; the rest,
+and all of it by `empty_cache`, goes back to the system. A new block takes the place of free ones that are too small: a
+model whose tensors grow from layer to layer would keep one of each size otherwise.
 """
 
 import contextlib
 import mmap
 import os
+import platform
 import threading
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["empty", "empty_cache", "first_write"]
+__all__ = ["LARGE", "empty", "empty_cache", "first_write"]
 
-_SMALLEST = 1 << 20  # bytes; below, NumPy's allocator recycles memory by itself
-_WASTE = 1.25  # a block may be this much larger than what is asked for
+# Bytes from which an output lies in recycled memory. glibc maps everything from 32 MiB on anew, its own few bytes
+# included, and recycles what is smaller once it was freed for the first time. Other libraries do so from 1 MiB or less.
+LARGE = (32 << 20) - (64 << 10) if platform.libc_ver()[0] == "glibc" else 1 << 20
+_KEPT = 2  # free memory that is kept, in outputs of the largest size asked for
+_PAGE = 4096  # blocks are cut at multiples of this
 
-_returned: deque[Any] = (
-    deque()
-)  # blocks that came back since the last look; appended to from any thread, without a lock
-_free: list[Any] = []  # free blocks, the one used last at the end
+
+class _Span(NamedTuple):
+    """A piece of a block, from byte to byte."""
+
+    block: Any
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+_returned: deque[_Span] = deque()  # what came back since the last look; appended to from any thread, without a lock
+_free: list[_Span] = []  # what is free, the piece that came back last at the end
 _lock = threading.Lock()
+_largest = 0  # bytes
 
 
 class _Lease(np.ndarray[Any, Any]):
-    """A block on loan: every array that lives in the block has this one as its base, and its death brings the block
-    back.
-    """
+    """A piece on loan: every array that lives in it has this one as its base, and its death brings the piece back."""
 
-    block: Any = None
+    span: Any = None
     fresh = False
 
-    def __del__(self, give_back: Any = _returned.append) -> None:
-        if self.block is not None:
-            give_back(self.block)
+    def __del__(self) -> None:
+        if self.span is not None and _give_back is not None:  # None while the interpreter ends
+            _give_back(self.span)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-    """An uninitialised contiguous array; a large one starts at a cache line, in recycled memory if there is some."""
+    """An uninitialised contiguous array; a large one starts at a page, in recycled memory if there is some."""
+    global _largest
     size = dtype.itemsize
     for length in shape:
         size *= length
-    if size < _SMALLEST:
+    if size < LARGE:
         return np.empty(shape, dtype)
+    room = -(-size // _PAGE) * _PAGE
     with _lock:
-        _collect(_LIMIT)
-        fitting = [i for i, block in enumerate(_free) if size <= len(block) <= size * _WASTE]
-        block = _free.pop(min(fitting, key=lambda i: (len(_free[i]), -i))) if fitting else None
-        if block is None:
-            _collect(sum(map(len, _free)) - size)
-    fresh = block is None
-    if block is None:
-        block = _new_block(size)
+        _largest = max(_largest, room)
+        _collect(_KEPT * _largest)
+        fitting = [i for i, span in enumerate(_free) if span.size >= room]
+        span = _free.pop(min(fitting, key=lambda i: (_free[i].size, -i))) if fitting else None
+        if span is None:
+            _collect(sum(span.size for span in _free) - room)
+        elif span.size > room:
+            _free.append(span._replace(start=span.start + room))
+    fresh = span is None
+    if span is None:
+        span = _Span(_new_block(room), 0, room)
     # The lease stands right on the mapping: over an array NumPy would look through it and keep that array as the base.
-    lease = _Lease((size,), np.uint8, buffer=block)
-    lease.block, lease.fresh = block, fresh
+    lease = _Lease((size,), np.uint8, buffer=span.block, offset=span.start)
+    lease.span, lease.fresh = span._replace(stop=span.start + room), fresh
     return np.ndarray(shape, dtype, buffer=lease)
 
 
 def first_write(array: Any) -> bool:
-    """Whether the array came from `empty` in memory that was never written, asked just before it is: streamed stores
+    """Whether the array came from `empty` in a block that was never written, asked just before it is: streamed stores
     into such memory are slow (45 ms for 103 MB on the reference machine, against 25 ms of ordinary ones).
     """
     base = array.base
@@ -78,18 +101,36 @@ def first_write(array: Any) -> bool:
 
 def empty_cache() -> None:
     """Give all recycled memory that is not in use back to the system."""
+    global _largest
     with _lock:
-        _returned.clear()
-        _free.clear()
+        _largest = 0
+        _collect(0)
+
+
+def _give_back(span: _Span) -> None:
+    """Called by whatever ends an array: any thread, also inside `empty`, when the lock is taken."""
+    _returned.append(span)
+    if _lock.acquire(blocking=False):
+        try:
+            _collect(_KEPT * _largest)
+        finally:
+            _lock.release()
 
 
 def _collect(limit: int) -> None:
-    """Take in what came back, and drop the blocks that were not used for longest while there are more bytes."""
+    """Take in what came back, and drop the blocks that were free for longest while there are more bytes."""
     while _returned:
-        _free.append(_returned.popleft())
-    excess = sum(map(len, _free)) - limit
-    while excess > 0 and _free:
-        excess -= len(_free.pop(0))
+        span = _returned.popleft()
+        for other in [other for other in _free if other.block is span.block]:
+            if span.start == other.stop or span.stop == other.start:
+                _free.remove(other)
+                span = _Span(span.block, min(span.start, other.start), max(span.stop, other.stop))
+        _free.append(span)
+    excess = sum(span.size for span in _free) - limit
+    for span in list(_free):
+        if excess > 0 and span.size == len(span.block):
+            _free.remove(span)
+            excess -= span.size
 
 
 def _new_block(size: int) -> Any:
@@ -111,14 +152,3 @@ def _renew_lock() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
-
-
-def _limit() -> int:
-    """Bytes of free blocks to keep: an eighth of the machine's memory, 512 MB where that is unknown."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
-    except (AttributeError, ValueError, OSError):
-        return 1 << 29
-
-
-_LIMIT = _limit()

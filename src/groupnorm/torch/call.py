@@ -29,7 +29,6 @@ __all__ = ["Gradients", "Kind", "backward", "empty_result", "forward", "kind_of"
 Tensor = Any
 
 _KINDS_KEPT = 4096  # a program with more kinds of call than this starts over
-_LARGE = 1 << 20  # bytes from which an output lies in recycled memory: see `_core/buffers.py`
 _BFLOAT16, _BYTE = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint8)
 _STATS = {torch.float64: torch.float64}  # the type of mean and rstd where it is not float32
 _kinds: dict[Any, "Kind"] = {}
@@ -274,7 +273,7 @@ def _learn(options: Options, tensors: dict[str, Tensor], dx: bool = True) -> Kin
         p = replace(call.problem, dx=dx)
         engine, plan = choose(p, None, torch.get_num_threads())
         stats = _STATS.get(x.dtype, torch.float32)
-        large = x.nbytes >= _LARGE
+        large = x.nbytes >= buffers.LARGE
         usual = all(tensors.get(name) is None for name in ("scale", "shift", "residual", "mask"))
         alike = not large and torch.empty_like(x).stride() == strides
         kind = replace(kind, run=partial(engine.run_at, plan), stats_shape=(2, p.N, p.G), stats_dtype=stats,
