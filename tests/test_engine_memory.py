@@ -14,6 +14,7 @@ import pytest
 import groupnorm as gn
 from groupnorm._core import buffers
 from groupnorm._core.arguments import Options, prepare
+from groupnorm._core.machine import CACHES
 from groupnorm._engines import cpu
 from programs import python
 
@@ -77,6 +78,46 @@ def test_plan_is_made_once_for_each_kind_of_call(monkeypatch: pytest.MonkeyPatch
     gn.group_norm(draw(shape), 3, eps=1e-3)
     gn.group_norm(draw(shape)[:, :, ::-1], 3)
     assert len(made) == 3
+
+
+def test_dz_is_kept_where_its_slopes_are_costly_and_it_fits_a_cache() -> None:
+    def kept(shape: tuple[int, ...], groups: int, layout: str = "NCHW", **options: Any) -> int:
+        plan: Any = plan_of(
+            "backward", shape, groups, 2, layout, activation=options.pop("activation", "silu"), **options
+        )
+        assert bool(plan.kept) == ("computed once and kept" in str(plan))
+        return int(plan.kept)
+
+    small = kept((8, 64, 32, 32), 8)
+    assert 0 < 8 * small <= 2 * 8 * 32 * 32 * 4 + 64, "a group for each thread"
+    assert kept((64, 64, 32, 32), 8) == small, "not more for more samples"
+    assert kept((8, 32, 32, 64), 8, "NHWC")
+    assert not kept((8, 64, 32, 32), 8, activation="relu")
+    assert not kept((8, 64, 32, 32), 8, activation=None)
+    assert not kept((2, 4, 8 * CACHES.l3 // 1024, 64), 1)
+    assert not kept((1, 4, 512, 512), 1), "phases keep nothing"
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("spatial", [(1,), (3, 3), (7, 7), (33, 20)])
+def test_kept_dz_gives_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, spatial: tuple[int, ...], dtype: Any, layout: str
+) -> None:
+    front = import_module("groupnorm.numpy")
+    rng = np.random.default_rng(1)
+    shape = (5, 40, *spatial) if layout == "NCHW" else (5, *spatial, 40)
+    x, dy, residual = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
+    weight, bias, mask = rng.standard_normal(40), rng.standard_normal(40), rng.random((5, *spatial)) < 0.7
+    found = []
+    for keeps in (False, True):
+        monkeypatch.setattr(planning, "_keeps", lambda *_, keeps=keeps: keeps)
+        monkeypatch.setattr(front, "_calls", {})
+        for options in ({}, {"residual": residual, "mask": mask}):
+            found.append(gn.group_norm_vjp(dy, x, 8, weight, bias, layout=layout, activation="silu", **options))
+    for recomputed, kept in zip(found[:2], found[2:], strict=True):
+        for a, b in zip(recomputed, kept, strict=True):
+            assert (a is None and b is None) or a.tobytes() == b.tobytes()
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def kernel(name: str, dtype: Any, results: int) -> Any:
             for i in range(count):
                 store(py, i * LANES, activate(activation(code, results), load(px, i * LANES)))
 
-    return compiled(apply, f"test_epilogue_{name.replace(' ', '_')}_{element}_{results}").ctypes
+    return compiled(apply, f"test_epilogue_{name.replace(' ', '_')}_{element}_{results}", 3).ctypes
 
 
 def computed(name: str, z: Array, results: int | None = None) -> Array:

@@ -7,6 +7,7 @@ to measure against.
 """
 
 import struct
+import threading
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from groupnorm._engines.cpu.threads import POOL
 
 __all__ = ["backward", "forward", "plan", "run_at", "stream_copy", "supports"]
 
+_SCRATCH = 1 << 13  # float64 numbers that each calling thread keeps for itself
+_own = threading.local()
 _CALL = struct.Struct(f"{len(ARRAYS) + 1}q")  # the addresses, and whether to write past the cache
 
 
@@ -44,7 +47,7 @@ def forward(
     work = np.empty(plan.work) if plan.work else None
     rows = np.empty(plan.rows) if plan.rows else None
     arrays = (x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, None, None, None, None, None, None,
-              None, work, None, rows)  # fmt: skip
+              None, work, None, rows, None)  # fmt: skip
     stream = plan.stream and not buffers.first_write(y)
     POOL.run(plan.launches[0].address, arrays, stream, plan.threads)
 
@@ -63,8 +66,9 @@ def backward(
         forward(plan.statistics, x, None, None, None, None, None, None, mask, None, None, moments)
     work = np.empty(plan.work) if plan.work else None
     rows = np.empty(plan.rows) if plan.rows else None
+    kept = np.empty(plan.kept) if plan.kept else None
     arrays = (x, None, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias, dscale,
-              dshift, dresidual, work, np.empty(plan.sums), rows)  # fmt: skip
+              dshift, dresidual, work, np.empty(plan.sums), rows, kept)  # fmt: skip
     stream = plan.stream and not buffers.first_write(dx)
     POOL.run(plan.launches[0].address, arrays, stream, plan.threads)
 
@@ -77,15 +81,28 @@ def run_at(
     """Forward or backward, whatever the plan is for, on addresses in memory, 0 where there is no such array. `fresh`:
     the output lies in memory that was never written. For a plan that has launches, and for backward with mean and rstd.
     """
-    work = sums = rows = 0
+    work = sums = rows = kept = 0
     if plan.scratch:
-        scratch = np.empty(plan.scratch)
-        work = scratch.__array_interface__["data"][0]
+        work, _alive = _scratch(plan.scratch)
         sums = work + 8 * plan.work
         rows = sums + 8 * plan.sums
+        kept = rows + 8 * plan.rows
     call = _CALL.pack(x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias,
-                      dscale, dshift, dresidual, work, sums, rows, plan.stream and not fresh)  # fmt: skip
+                      dscale, dshift, dresidual, work, sums, rows, kept, plan.stream and not fresh)  # fmt: skip
     POOL.run_at(plan.launches[0].address, call, plan.threads)
+
+
+def _scratch(size: int) -> tuple[int, Any]:
+    """Where memory for so many float64 numbers begins, and what keeps it; a thread has a small one for itself, since
+    looking for an array's address takes a microsecond, half of a tiny norm.
+    """
+    found: tuple[int, Any] | None = getattr(_own, "scratch", None) if size <= _SCRATCH else None
+    if found is None:
+        array = np.empty(max(size, _SCRATCH))
+        found = array.ctypes.data, array
+        if size <= _SCRATCH:
+            _own.scratch = found
+    return found
 
 
 def _fill_empty(plan: Plan, mean: Any, rstd: Any, zeros: tuple[Any, ...]) -> None:

@@ -54,7 +54,7 @@ def _sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def compiled(function: Callable[..., None], name: str, arguments: int = 3) -> Any:
+def compiled(function: Callable[..., None], name: str, arguments: int = 4) -> Any:
     """The C function of `function`, which takes int64 arguments and returns nothing: has .address and .ctypes.
 
     `name` says what the function is specialised for, in letters, digits and underscores. Takes 0.3 to 2 s the first

@@ -42,7 +42,7 @@ def stream_copy(source: Any, target: Any, num_threads: int) -> None:
 
 @cache
 def _kernel() -> Any:
-    def kernel(plan, call, task):
+    def kernel(plan, call, task, worker):
         x, y = pointer(call_at(call).x, FLOAT32), pointer(call_at(call).y, FLOAT32)
         at, end = task * _PIECE, minimum((task + 1) * _PIECE, plan_at(plan).S)
         streaming = elements_to_line(y, at) < LANES

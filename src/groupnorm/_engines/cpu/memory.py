@@ -105,6 +105,12 @@ def scratch(typingctx: Any, p: Any) -> Any:
     return result(p), lower
 
 
+@jitted
+def to_line(address):
+    """The first address from this one on where a cache line begins."""
+    return (address + 63) & -64
+
+
 @intrinsic
 def address_of(typingctx: Any, p: Any, index: Any) -> Any:
     """Where element index lies."""
@@ -117,9 +123,11 @@ def address_of(typingctx: Any, p: Any, index: Any) -> Any:
 
 @intrinsic
 def shifted(typingctx: Any, p: Any, index: Any) -> Any:
-    """The elements from index on."""
+    """The elements from index on; None of None."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if isinstance(p, types.NoneType):
+            return context.get_dummy_value()
         return builder.add(args[0], builder.mul(args[1], I64(_BYTES[p.element])))
 
     return p(p, types.int64), lower

@@ -49,7 +49,7 @@ def _parameters(p, a, task):
 def parameters_kernel() -> Any:
     """The compiled kernel; one task takes CHANNELS_PER_TASK channels."""
 
-    def kernel(plan, call, task):
+    def kernel(plan, call, task, worker):
         _parameters(plan_at(plan), call_at(call), task)
 
     return compiled(kernel, "parameters")

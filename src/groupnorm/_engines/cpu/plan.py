@@ -33,6 +33,8 @@ _TASK = 1 << 14  # elements: smallest task; 5 us of work against 0.2 us for taki
 _SERIAL = 1 << 15  # elements for each thread that takes part; below, waking one costs more than it saves
 _TASKS_PER_THREAD = 4  # so that a thread that is put aside delays the end by a quarter at most
 _SLAB = 128  # bytes: narrowest slab; strips of 64 bytes took twice as long as whole rows
+_COSTLY = {"silu", "gelu", "gelu_tanh", "sigmoid", "tanh"}  # activations whose slopes take an exponential
+_KEPT = "slopes are costly and dz fits the cache: it is computed once and kept"
 _STREAM = CACHES.l3 // 2  # bytes of output from which it is written past the cache: x and y no longer fit together
 
 
@@ -58,13 +60,14 @@ class Plan:
     work: int  # float64 numbers of moments of units
     sums: int  # float64 numbers of sums of backward
     rows: int  # lane numbers of planes, channels last
+    kept: int  # float64 numbers in whose place dz is kept between two phases of backward
     statistics: "Plan | None"  # backward in phases without given statistics: what computes them first
     stream: bool
     threads: int = 1
-    scratch: int = field(init=False)  # work, sums and rows
+    scratch: int = field(init=False)  # work, sums, rows and kept
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scratch", self.work + self.sums + self.rows)
+        object.__setattr__(self, "scratch", self.work + self.sums + self.rows + self.kept)
 
     def __str__(self) -> str:
         p = self.problem
@@ -82,7 +85,7 @@ class Plan:
 def make_plan(problem: Problem, num_threads: int) -> Plan:
     """The plan for a problem on `num_threads` threads; compiles the kernels it needs."""
     if problem.N * problem.S == 0:
-        return Plan(problem, "empty", ("there are no elements",), (), 0, 0, 0, None, False)
+        return Plan(problem, "empty", ("there are no elements",), (), 0, 0, 0, 0, None, False)
     return (_last if problem.channels_last else _first)(problem, num_threads)
 
 
@@ -110,11 +113,14 @@ def _first(p: Problem, num_threads: int) -> Plan:
     if whole and p.activation and 3 * arrays * last_channels * p.S * p.itemsize <= CACHES.l2:
         cut["ahead"] = p.D
         groups_per_task = max(1, groups // (_TASKS_PER_THREAD * threads))
+    if whole and _keeps(p, last_channels * p.S, threads):
+        cut["kept"] = -(-last_channels * p.S // LANES) * LANES
+        reasons.append(_KEPT)
     units_per_task = _per_task(groups * units, max(per_group // units, 1), threads)
-    maker = _Maker(p, cut, channels_first)
     by_group = (-(-groups // groups_per_task), groups_per_task * units)
     by_unit = (-(-groups * units // units_per_task), units_per_task)
     together = max(1, min(int(LANES), _TOGETHER // (last_channels * p.S * arrays)))
+    maker = _Maker(p, cut, channels_first)
     both = channels_first.MOMENTS + channels_first.MERGE + channels_first.APPLY
     if whole:
         reasons.append("groups keep all threads busy: each is taken through all phases while it is in cache")
@@ -134,7 +140,7 @@ def _first(p: Problem, num_threads: int) -> Plan:
             maker.launch("normalize", channels_first.APPLY, *step),
         ]
     return maker.plan(whole, reasons, launches, work=0 if whole else groups * 2 if backward else groups * units * 4,
-                      sums=p.N * p.C * parts * 3)  # fmt: skip
+                      sums=p.N * p.C * parts * 3, together=together)  # fmt: skip
 
 
 def _last(p: Problem, num_threads: int) -> Plan:
@@ -148,6 +154,9 @@ def _last(p: Problem, num_threads: int) -> Plan:
     slabs = p.N * max(p.C // slab, 1)
     whole = p.dx and _balanced(slabs, threads)
     reasons = [f"{slabs} slabs of {slab} channels for {threads} threads"]
+    if whole and _keeps(p, slab * p.S, threads):
+        cut["kept"] = -(-slab * p.S // LANES) * LANES
+        reasons.append(_KEPT)
     maker = _Maker(p, cut, channels_last)
     backward = p.task == "backward"
     moments, merge, apply = channels_last.MOMENTS, channels_last.MERGE, channels_last.APPLY
@@ -172,8 +181,10 @@ def _last(p: Problem, num_threads: int) -> Plan:
         if p.task != "moments":
             launches.append(maker.launch("normalize", apply, *by_unit, threads))
     planes = channels_last.BACKWARD_PLANES if backward else channels_last.FORWARD_PLANES
-    return maker.plan(whole, reasons, launches, work=0 if p.stats or p.task == "normalize" else slots * units * 3 * p.C,
-                      sums=p.N * units * 3 * p.C, rows=0 if p.task == "moments" else slots * planes * p.C)  # fmt: skip
+    return maker.plan(
+        whole, reasons, launches, work=0 if p.stats or p.task == "normalize" else slots * units * 3 * p.C,
+        sums=p.N * units * 3 * p.C, rows=0 if p.task == "moments" else slots * planes * p.C,
+    )  # fmt: skip
 
 
 class _Maker:
@@ -182,7 +193,10 @@ class _Maker:
     def __init__(self, problem: Problem, cut: dict[str, int], kernels: Any) -> None:
         self.problem, self.cut = problem, cut
         codes = (CODES[problem.dtype], ACTIVATION_CODES[problem.activation], "residual" in problem.walks, problem.mask)
-        self.kernel = (kernels.backward_kernel if problem.task == "backward" else kernels.forward_kernel)(*codes)
+        if problem.task == "backward":
+            self.kernel = kernels.backward_kernel(*codes, "kept" in cut)
+        else:
+            self.kernel = kernels.forward_kernel(*codes)
 
     def launch(
         self, name: str, phase: int, tasks: int, per_task: int, threads: int, block: int = 1, kernel: Any = None
@@ -204,8 +218,9 @@ class _Maker:
         return Launch(name, record, record.ctypes.data, tasks, threads)
 
     def plan(
-        self, whole: bool, reasons: list[str], launches: list[Launch], work: int, sums: int, rows: int = 0
-    ) -> Plan:
+        self, whole: bool, reasons: list[str], launches: list[Launch], work: int, sums: int, rows: int = 0,
+        together: int = 1,
+    ) -> Plan:  # fmt: skip
         p = self.problem
         backward = p.task == "backward"
         if backward and any((p.weight, p.bias, p.scale, p.shift)):
@@ -227,8 +242,11 @@ class _Maker:
             launch.record["next"] = following.address
         road = "whole" if whole else "phases"
         sums = sums if backward else 0
+        kept = 0
+        if "kept" in self.cut:  # and a cache line, so that the first one can begin there
+            kept = launches[0].threads * together * self.cut["kept"] // (1 if p.dtype == "float64" else 2) + 8
         most = max(launch.threads for launch in launches)
-        return Plan(p, road, tuple(reasons), tuple(launches), work, sums, rows, statistics, stream, most)
+        return Plan(p, road, tuple(reasons), tuple(launches), work, sums, rows, kept, statistics, stream, most)
 
 
 def _threads(p: Problem, num_threads: int) -> int:
@@ -238,6 +256,18 @@ def _threads(p: Problem, num_threads: int) -> int:
 def _balanced(pieces: int, threads: int) -> bool:
     """Whether whole pieces keep the threads busy: the busiest has at most a fifth more than its share."""
     return -(-pieces // threads) * threads <= 1.2 * pieces
+
+
+def _keeps(p: Problem, elements: int, threads: int) -> bool:
+    """Whether backward keeps dz of the pieces of so many elements that it has at hand between its phases, in lane type,
+    instead of computing it twice: where the slope of the activation is costly (0.45 ns, against 0.1 for keeping), and
+    x, dy and dz of a piece fit the L2 cache, or these and dx of all threads the L3 cache.
+    """
+    if p.task != "backward" or p.activation not in _COSTLY:
+        return False
+    lane = 8 if p.dtype == "float64" else 4
+    in_l2 = elements * (2 * p.itemsize + lane) <= CACHES.l2
+    return in_l2 or elements * (3 * p.itemsize + lane) * threads <= CACHES.l3
 
 
 def _per_task(pieces: int, elements: int, threads: int) -> int:

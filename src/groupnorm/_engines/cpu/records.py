@@ -1,7 +1,8 @@
 """What a kernel is told: the record of its plan, the record of its call, and the coefficients of a channel.
 
-A kernel is a C function of three numbers: the address of a PLAN, which belongs to a kind of call and never changes, the
-address of a CALL, which holds where this call's arrays are, and the number of the task.
+A kernel is a C function of four numbers: the address of a PLAN, which belongs to a kind of call and never changes, the
+address of a CALL, which holds where this call's arrays are, the number of the task, and that of the thread which does
+it, from 0 to below the launch's number of threads.
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ __all__ = [
 GIVEN, FROM_MOMENTS = 1, 2  # statistics: the caller gave them; a launch before (of backward in phases) left moments
 SHAPED = ("x", "y", "residual", "dy", "dx", "dresidual")  # arrays that are walked by steps
 ARRAYS = ("x", "y", "weight", "bias", "scale", "shift", "residual", "mask", "mean", "rstd", "moments", "dy", "dx",
-          "dweight", "dbias", "dscale", "dshift", "dresidual", "work", "sums", "rows")  # fmt: skip
+          "dweight", "dbias", "dscale", "dshift", "dresidual", "work", "sums", "rows", "kept")  # fmt: skip
 
 DZ, DZH, H = np.arange(3)  # kinds of sums of backward: of dz, dz*xhat and xhat
 
@@ -54,6 +55,7 @@ PLAN = np.dtype(
         "few",  # 1 if the moments of a group are taken as those of few elements, see statistics.py
         "dense",  # channels first: 1 if channels have fewer than LANES positions and follow each other in memory
         "chunk",  # channels first: elements whose moments are taken while they are in the L1 cache
+        "kept",  # backward: elements of a group (of a slab, in channels last) whose dz is kept, 0 where none is
         "stats",  # 0, GIVEN (moments for forward, mean and rstd for backward) or FROM_MOMENTS
     )] + [("eps", np.float64)],
     align=True,

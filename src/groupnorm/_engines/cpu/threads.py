@@ -112,14 +112,14 @@ def _pause(typingctx: Any) -> Any:
 
 
 @intrinsic
-def _invoke(typingctx: Any, function: Any, plan: Any, call: Any, task: Any) -> Any:
+def _invoke(typingctx: Any, function: Any, plan: Any, call: Any, task: Any, worker: Any) -> Any:
     """Call a kernel by its address."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64] * 3)
+        kind = ir.FunctionType(ir.VoidType(), [_I64] * 4)
         builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
 
-    return types.void(*[types.int64] * 4), lower
+    return types.void(*[types.int64] * 5), lower
 
 
 @intrinsic
@@ -162,11 +162,12 @@ def _in_team(typingctx: Any, function: Any, body: Any, state: Any) -> Any:
 
 def _take_part(state: int) -> None:
     """What a thread of an OpenMP team does: as many of them as the job wants take tasks."""
-    if _add(state, _ENTERED, 1) <= _get(state, _WORKERS):
+    number = _add(state, _ENTERED, 1)
+    if number <= _get(state, _WORKERS):
         kernel, plan, call, tasks = _get(state, _KERNEL), _get(state, _PLAN), _get(state, _CALL), _get(state, _TASKS)
         task = _add(state, _NEXT, 1)
         while task < tasks:
-            _invoke(kernel, plan, call, task)
+            _invoke(kernel, plan, call, task, number)
             task = _add(state, _NEXT, 1)
 
 
@@ -183,7 +184,7 @@ def _work(state: int, number: int, lock: int, acquire: int) -> None:
                 call, tasks = _get(state, _CALL), _get(state, _TASKS)
                 task = _add(state, _NEXT, 1)
                 while task < tasks:
-                    _invoke(kernel, plan, call, task)
+                    _invoke(kernel, plan, call, task, number + 1)
                     task = _add(state, _NEXT, 1)
                 done = sequence
             _add(state, _RUNNING, -1)
@@ -243,7 +244,7 @@ def _do_tasks(pool: int, plan: int, call: int) -> None:
     state = _get(pool, _STATE)
     if workers == 0 or tasks < 2 or _exchange(state, _OWNER, 1) == 1:
         for task in range(tasks):
-            _invoke(kernel, plan, call, task)
+            _invoke(kernel, plan, call, task, 0)
         return
     _set(state, _KERNEL, kernel)
     _set(state, _PLAN, plan)
@@ -262,7 +263,7 @@ def _do_tasks(pool: int, plan: int, call: int) -> None:
             _lock_call(_get(pool, _RELEASE), _get(pool, _LOCKS + number), 0)
     task = _add(state, _NEXT, 1)
     while task < tasks:
-        _invoke(kernel, plan, call, task)
+        _invoke(kernel, plan, call, task, 0)
         task = _add(state, _NEXT, 1)
     _add(state, _SEQUENCE, 1)
     while _get(state, _RUNNING) != 0:

@@ -35,10 +35,12 @@ from groupnorm._engines.cpu.memory import (
     prefetch,
     repeat,
     scratch,
+    shifted,
     store,
     store_first,
     store_one,
     store_totals,
+    to_line,
     write,
     zeros,
 )  # fmt: skip
@@ -76,10 +78,13 @@ def _xhat(x, mask, xa, ma, count, m, r):
 
 
 @inlined
-def _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, count, m, r, a, b, k1, k2, k3):
+def _dx_vector(x, dy, dresidual, residual, mask, kept, act, xa, ya, sa, ra, ma, ka, count, m, r, a, b, k1, k2, k3):
     """dx of up to LANES elements, equation (14) as dz*k1 + xhat*k2 + k3; writes dresidual on the way."""
     h = (load_first(x, xa, count) - m) * r
-    dz = _dz_vector(h, dy, residual, mask, act, ya, ra, ma, count, a, b)
+    if kept is None:
+        dz = _dz_vector(h, dy, residual, mask, act, ya, ra, ma, count, a, b)
+    else:
+        dz = load_first(kept, ka, count)
     if dresidual is not None:
         store_first(dresidual, sa, dz, count)
     dx = fma(dz, k1, fma(h, k2, k3))
@@ -97,7 +102,14 @@ def _coefficients(p, a, x, n, c, lanes, rest, r):
 
 
 @inlined
-def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
+def _keep(kept, at, dz, count):
+    """Keep dz for `_dx_vector`, where there is a place for it."""
+    if kept is not None:
+        store_first(kept, at, dz, count)
+
+
+@inlined
+def _unit_sums(p, a, x, dy, residual, mask, kept, act, n, g, unit, m, rest, r):
     """Write the sums of dz and dz*xhat of each channel of a unit, and that of xhat of all, at its first channel."""
     sums = pointer(a.sums, FLOAT64)
     c, channels, start, length = unit_extent(p, g, unit)
@@ -110,16 +122,18 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
     x_c, dy_c, residual_c, dense = p.x_c, p.dy_c, p.residual_c, p.dense  # read once, see forward.py
     xa, ya = n * p.x_n + c * x_c + start, n * p.dy_n + c * dy_c + start
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
+    ka = (c - g * p.D) * p.S + start
     for first in range(c, c + channels, LANES):
         lanes = minimum(c + channels - first, LANES)
         slope_, shift, _ = _coefficients(p, a, x, n, first, lanes, rest, r)
         if mask is None and dense and length == 1:  # lanes can be channels
             h = _xhat(x, mask, xa, ma, lanes, lane_m, lane_r)
             dz = _dz_vector(h, dy, residual, mask, act, ya, ra, ma, lanes, slope_, shift)
+            _keep(kept, ka, dz, lanes)
             store_first(sums, of_dz + first, widen(dz), lanes)
             store_first(sums, of_dzh + first, widen(dz * h), lanes)
             s_h += widen(h)
-            xa, ya, ra = xa + LANES, ya + LANES, ra + LANES
+            xa, ya, ra, ka = xa + LANES, ya + LANES, ra + LANES, ka + LANES
             continue
         store(slopes, 0, slope_)
         store(shifts, 0, shift)
@@ -127,7 +141,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
         for lane in range(lanes):
             s_dz = s_dzh = 0.0
             for i in range(0, length, SUMS_CHUNK):
-                p_dz, p_dzh, p_h = _chunk_sums(x, dy, residual, mask, act, xa + i, ya + i, ra + i, ma + i,
+                p_dz, p_dzh, p_h = _chunk_sums(x, dy, residual, mask, kept, act, xa + i, ya + i, ra + i, ma + i, ka + i,
                                                minimum(SUMS_CHUNK, length - i), lane_m, lane_r, load_one(slopes, lane),
                                                load_one(shifts, lane))  # fmt: skip
                 if short:  # the lanes of all channels are added up together
@@ -141,7 +155,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
             if not short:
                 store_one(sums, of_dz + first + lane, s_dz)
                 store_one(sums, of_dzh + first + lane, s_dzh)
-            xa, ya, ra = xa + x_c, ya + dy_c, ra + residual_c
+            xa, ya, ra, ka = xa + x_c, ya + dy_c, ra + residual_c, ka + p.S
         if short:
             s_h += widen(e_h)
             store_totals(sums, of_dz + first, dzs, lanes)
@@ -151,19 +165,21 @@ def _unit_sums(p, a, x, dy, residual, mask, act, n, g, unit, m, rest, r):
 
 
 @inlined
-def _chunk_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, r, a, b):
+def _chunk_sums(x, dy, residual, mask, kept, act, xa, ya, ra, ma, ka, length, m, r, a, b):
     """The sums of dz, dz*xhat and xhat over at most SUMS_CHUNK elements of a channel, as vectors."""
     p0 = p1 = q0 = q1 = e0 = e1 = zeros(x)
     done = 0
     while done + 2 * LANES <= length:
         h = _xhat(x, mask, xa + done, ma + done, LANES, m, r)
         dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
+        _keep(kept, ka + done, dz, LANES)
         p0 += dz
         q0 = fma(dz, h, q0)
         e0 += h
         done += LANES
         h = _xhat(x, mask, xa + done, ma + done, LANES, m, r)
         dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, LANES, a, b)
+        _keep(kept, ka + done, dz, LANES)
         p1 += dz
         q1 = fma(dz, h, q1)
         e1 += h
@@ -172,6 +188,7 @@ def _chunk_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, r, a, b):
         tail = length - done
         h = _xhat(x, mask, xa + done, ma + done, tail, m, r)
         dz = _dz_vector(h, dy, residual, mask, act, ya + done, ra + done, ma + done, tail, a, b)
+        _keep(kept, ka + done, dz, tail)
         p0 += dz
         q0 = fma(dz, h, q0)
         e0 += h
@@ -180,7 +197,7 @@ def _chunk_sums(x, dy, residual, mask, act, xa, ya, ra, ma, length, m, r, a, b):
 
 
 @inlined
-def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, m, rest, r, k2, k3):
+def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, kept, act, n, g, unit, m, rest, r, k2, k3):
     """dx of a unit."""
     c, channels, start, length = unit_extent(p, g, unit)
     lane_m, lane_r = one_lane(x, m), one_lane(x, r)
@@ -191,6 +208,7 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
     xa, ya = n * p.x_n + c * x_c + start, n * p.dy_n + c * dy_c + start
     da, sa = n * p.dx_n + c * dx_c + start, n * p.dresidual_n + c * dresidual_c + start
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
+    ka = (c - g * p.D) * p.S + start
     for first in range(c, c + channels, LANES):
         lanes = minimum(c + channels - first, LANES)
         slope_, shift, k1 = _coefficients(p, a, x, n, first, lanes, rest, r)
@@ -201,26 +219,27 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, 
             for i in range(0, lanes * length, LANES):
                 tail = lanes * length - i
                 affine = load(slopes, i), load(shifts, i), load(factors, i)
-                v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + i, ya + i, sa + i, ra + i, ma, tail, lane_m,
-                               lane_r, *affine, lane_k2, lane_k3)  # fmt: skip
+                v = _dx_vector(x, dy, dresidual, residual, mask, kept, act, xa + i, ya + i, sa + i, ra + i, ma, ka + i,
+                               tail, lane_m, lane_r, *affine, lane_k2, lane_k3)  # fmt: skip
                 store_first(dx, da + i, v, tail)
             xa, ya, da = xa + LANES * x_c, ya + LANES * dy_c, da + LANES * dx_c
-            sa, ra = sa + LANES * dresidual_c, ra + LANES * residual_c
+            sa, ra, ka = sa + LANES * dresidual_c, ra + LANES * residual_c, ka + LANES * p.S
             continue
         store(slopes, 0, slope_)
         store(shifts, 0, shift)
         store(factors, 0, k1)
         for lane in range(lanes):
-            _backward_run(x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, streaming, ahead_x,
-                          ahead_dy, lane_m, lane_r, load_one(slopes, lane), load_one(shifts, lane),
+            _backward_run(x, dy, dx, dresidual, residual, mask, kept, act, xa, ya, da, sa, ra, ma, ka, length,
+                          streaming, ahead_x, ahead_dy, lane_m, lane_r, load_one(slopes, lane), load_one(shifts, lane),
                           load_one(factors, lane), lane_k2, lane_k3)  # fmt: skip
-            xa, ya, da, sa, ra = xa + x_c, ya + dy_c, da + dx_c, sa + dresidual_c, ra + residual_c
+            xa, ya, da = xa + x_c, ya + dy_c, da + dx_c
+            sa, ra, ka = sa + dresidual_c, ra + residual_c, ka + p.S
 
 
 @inlined
 def _backward_run(
-    x, dy, dx, dresidual, residual, mask, act, xa, ya, da, sa, ra, ma, length, streaming, ahead_x, ahead_dy, m, r, a, b,
-    k1, k2, k3,
+    x, dy, dx, dresidual, residual, mask, kept, act, xa, ya, da, sa, ra, ma, ka, length, streaming, ahead_x, ahead_dy,
+    m, r, a, b, k1, k2, k3,
 ):  # fmt: skip
     """dx of a run of one channel."""
     done = 0
@@ -228,26 +247,33 @@ def _backward_run(
         head = minimum(elements_to_line(dx, da), length)
         streaming = head < LANES
         if 0 < head < LANES:
-            v = _dx_vector(x, dy, dresidual, residual, mask, act, xa, ya, sa, ra, ma, head, m, r, a, b, k1, k2, k3)
+            v = _dx_vector(x, dy, dresidual, residual, mask, kept, act, xa, ya, sa, ra, ma, ka, head, m, r, a, b, k1,
+                           k2, k3)  # fmt: skip
             store_first(dx, da, v, head)
             done = head
     while done + LANES <= length:
         if act is not None:
             prefetch(x, xa + done + ahead_x)
             prefetch(dy, ya + done + ahead_dy)
-        v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
-                       LANES, m, r, a, b, k1, k2, k3)  # fmt: skip
+        v = _dx_vector(x, dy, dresidual, residual, mask, kept, act, xa + done, ya + done, sa + done, ra + done,
+                       ma + done, ka + done, LANES, m, r, a, b, k1, k2, k3)  # fmt: skip
         write(dx, da + done, v, streaming)
         done += LANES
     if done < length:
         tail = length - done
-        v = _dx_vector(x, dy, dresidual, residual, mask, act, xa + done, ya + done, sa + done, ra + done, ma + done,
-                       tail, m, r, a, b, k1, k2, k3)  # fmt: skip
+        v = _dx_vector(x, dy, dresidual, residual, mask, kept, act, xa + done, ya + done, sa + done, ra + done,
+                       ma + done, ka + done, tail, m, r, a, b, k1, k2, k3)  # fmt: skip
         store_first(dx, da + done, v, tail)
 
 
+@inlined
+def _kept_at(p, kept, worker, i):
+    """Where a thread keeps dz of group i of those that go through the phases together."""
+    return shifted(kept, (worker * (p.block // p.units) + i) * p.kept)
+
+
 @merged
-def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task):
+def _backward(p, a, x, dy, dx, dresidual, residual, mask, kept, act, mean, rstd, task, worker):
     work, sums = pointer(a.work, FLOAT64), pointer(a.sums, FLOAT64)
     room = scratch(work)
     start = task * p.per_task
@@ -272,8 +298,8 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
         if p.phase & SUMS:
             i, n_, g_, unit_ = 0, n, g, unit
             for _ in range(first, last):
-                _unit_sums(p, a, x, dy, residual, mask, act, n_, g_, unit_, load_one(room, MEAN + i),
-                           load_one(room, REST + i), load_one(room, RSTD + i))  # fmt: skip
+                _unit_sums(p, a, x, dy, residual, mask, _kept_at(p, kept, worker, i), act, n_, g_, unit_,
+                           load_one(room, MEAN + i), load_one(room, REST + i), load_one(room, RSTD + i))  # fmt: skip
                 unit_ += 1
                 if unit_ == p.units:
                     unit_, i = 0, i + 1
@@ -298,9 +324,9 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
                 store_one(room, K3, load_one(work, group * 2 + 1))
             i = 0
             for _ in range(first, last):
-                _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, act, n, g, unit, load_one(room, MEAN + i),
-                               load_one(room, REST + i), load_one(room, RSTD + i), load_one(room, K2 + i),
-                               load_one(room, K3 + i))  # fmt: skip
+                _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, _kept_at(p, kept, worker, i), act, n, g,
+                               unit, load_one(room, MEAN + i), load_one(room, REST + i), load_one(room, RSTD + i),
+                               load_one(room, K2 + i), load_one(room, K3 + i))  # fmt: skip
                 unit += 1
                 if unit == p.units:
                     unit, i = 0, i + 1
@@ -309,18 +335,21 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, task)
 
 
 @cache
-def backward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
-    """The compiled backward for these element and activation codes; with a residual it also writes dresidual."""
+def backward_kernel(element: int, act: int, residual: bool, mask: bool, kept: bool) -> Any:
+    """The compiled backward for these element and activation codes; with a residual it also writes dresidual. kept: dz
+    is computed once and kept, else twice.
+    """
     residual_element, mask_element = element if residual else NONE, BOOL if mask else NONE
-    stats_element = FLOAT64 if element == FLOAT64 else FLOAT32
+    lane_element = FLOAT64 if element == FLOAT64 else FLOAT32
+    kept_element = lane_element if kept else NONE
 
-    def kernel(plan, call, task):
+    def kernel(plan, call, task, worker):
         p, a = plan_at(plan), call_at(call)
         _backward(
             p, a, pointer(a.x, element), pointer(a.dy, element), pointer(a.dx, element),
             pointer(a.dresidual, residual_element), pointer(a.residual, residual_element),
-            pointer(a.mask, mask_element), activation(act, FLOAT32), pointer(a.mean, stats_element),
-            pointer(a.rstd, stats_element), task,
+            pointer(a.mask, mask_element), pointer(to_line(a.kept), kept_element), activation(act, FLOAT32),
+            pointer(a.mean, lane_element), pointer(a.rstd, lane_element), task, worker,
         )  # fmt: skip
 
-    return compiled(kernel, f"first_backward_{element}_{act}_{residual:d}_{mask:d}")
+    return compiled(kernel, f"first_backward_{element}_{act}_{residual:d}_{mask:d}_{kept:d}")

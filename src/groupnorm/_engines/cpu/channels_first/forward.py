@@ -168,7 +168,7 @@ def forward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
     residual_element, mask_element = element if residual else NONE, BOOL if mask else NONE
     stats_element = FLOAT64 if element == FLOAT64 else FLOAT32
 
-    def kernel(plan, call, task):
+    def kernel(plan, call, task, worker):
         p, a = plan_at(plan), call_at(call)
         _forward(
             p, a, pointer(a.x, element), pointer(a.y, element), pointer(a.residual, residual_element),

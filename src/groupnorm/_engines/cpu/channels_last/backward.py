@@ -51,6 +51,7 @@ from groupnorm._engines.cpu.memory import (
     shifted,
     store_first,
     store_one,
+    to_line,
     write,
     zeros,
 )  # fmt: skip
@@ -92,8 +93,15 @@ def _four(rows_, plane, C, lanes):
     )  # fmt: skip
 
 
+@inlined
+def _keep(kept, at, dz, lanes):
+    """Keep dz for `_dx_vector`, where there is a place for it."""
+    if kept is not None:
+        store_first(kept, at, dz, lanes)
+
+
 @jitted
-def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
+def _unit_sums(p, a, x, dy, residual, mask, kept, act, rows_, n, slot, unit, c0, c1):
     """The sums of dz, dz*xhat and xhat of channels c0..c1 over a unit's rows; by tiles in lanes, then in
     float64.
     """
@@ -101,7 +109,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
     first = unit * p.unit
     last = minimum(first + p.unit, p.S)
     x_n, dy_n, residual_n = n * p.x_n, n * p.dy_n, n * p.residual_n  # read once, see channels_first/forward.py
-    x_s, dy_s, residual_s = p.x_s, p.dy_s, p.residual_s
+    x_s, dy_s, residual_s, kept_s = p.x_s, p.dy_s, p.residual_s, c1 - c0
     for start in range(first, last, TILE):
         end = minimum(start + TILE, last)
         c = c0
@@ -122,6 +130,8 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
                         h0, h1 = (load(x, xa) - m0) * r0, (load(x, xa + LANES) - m1) * r1
                         z0 = _dz_vector(dy, residual, act, h0, ya, ra, a0, b0, LANES)
                         z1 = _dz_vector(dy, residual, act, h1, ya + LANES, ra + LANES, a1, b1, LANES)
+                        _keep(kept, row * kept_s + c - c0, z0, LANES)
+                        _keep(kept, row * kept_s + c - c0 + LANES, z1, LANES)
                         p0 += z0
                         p1 += z1
                         q0 = fma(z0, h0, q0)
@@ -136,6 +146,7 @@ def _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, slot, unit, c0, c1):
                         xa, ya, ra = x_n + row * x_s + c, dy_n + row * dy_s + c, residual_n + row * residual_s + c
                         h0 = (load_first(x, xa, lanes) - m0) * r0
                         z0 = _dz_vector(dy, residual, act, h0, ya, ra, a0, b0, lanes)
+                        _keep(kept, row * kept_s + c - c0, z0, lanes)
                         p0 += z0
                         q0 = fma(z0, h0, q0)
                         e0 += h0
@@ -219,13 +230,16 @@ def _backward_merge(p, a, x, mask, mean, rstd, rows_, n, slot, c0, c1):
 
 
 @inlined
-def _dx_vector(x, dy, dresidual, residual, mask, act, planes, C, xa, ya, sa, ra, ma, c, lanes):
+def _dx_vector(x, dy, dresidual, residual, mask, kept, act, planes, C, xa, ya, sa, ra, ma, ka, c, lanes):
     """dx of up to LANES channels of a row, equation (14) as dz*a*r + xhat*k2 + k3; writes dresidual on the way."""
     m, r = load_first(planes, c, lanes), load_first(planes, C + c, lanes)
     a, b = load_first(planes, 2 * C + c, lanes), load_first(planes, 3 * C + c, lanes)
     k2, k3 = load_first(planes, 4 * C + c, lanes), load_first(planes, 5 * C + c, lanes)
     h = (load_first(x, xa + c, lanes) - m) * r
-    dz = _dz_vector(dy, residual, act, h, ya + c, ra + c, a, b, lanes)
+    if kept is None:
+        dz = _dz_vector(dy, residual, act, h, ya + c, ra + c, a, b, lanes)
+    else:
+        dz = load_first(kept, ka + c, lanes)
     dx = fma(dz, a * r, fma(h, k2, k3))
     if mask is not None:
         real = load_one(mask, ma)
@@ -236,7 +250,7 @@ def _dx_vector(x, dy, dresidual, residual, mask, act, planes, C, xa, ya, sa, ra,
 
 
 @jitted
-def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, slot, first, last, c0, c1):
+def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, kept, act, rows_, n, slot, first, last, c0, c1):
     """dx of channels c0..c1 of rows first..last, in the order of memory."""
     streaming = a.stream != 0 and elements_to_line(dx, n * p.dx_n + c0) == 0 and p.dx_s % LANES == 0
     planes = shifted(rows_, slot * BACKWARD_PLANES * p.C)
@@ -244,21 +258,24 @@ def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, sl
     C, x_s, dy_s, dx_s, residual_s, dresidual_s = p.C, p.x_s, p.dy_s, p.dx_s, p.residual_s, p.dresidual_s
     xa, ya, da = n * p.x_n + first * x_s, n * p.dy_n + first * dy_s, n * p.dx_n + first * dx_s
     ra, sa = n * p.residual_n + first * residual_s, n * p.dresidual_n + first * dresidual_s
+    ka = first * (c1 - c0) - c0
     for ma in range(n * p.S + first, n * p.S + last):
         c = c0
         while c + LANES <= c1:
-            v = _dx_vector(x, dy, dresidual, residual, mask, act, planes, C, xa, ya, sa, ra, ma, c, LANES)
+            v = _dx_vector(x, dy, dresidual, residual, mask, kept, act, planes, C, xa, ya, sa, ra, ma, ka, c, LANES)
             write(dx, da + c, v, streaming)
             c += LANES
         if c < c1:
-            v = _dx_vector(x, dy, dresidual, residual, mask, act, planes, C, xa, ya, sa, ra, ma, c, c1 - c)
+            v = _dx_vector(x, dy, dresidual, residual, mask, kept, act, planes, C, xa, ya, sa, ra, ma, ka, c, c1 - c)
             store_first(dx, da + c, v, c1 - c)
         xa, ya, da, ra, sa = xa + x_s, ya + dy_s, da + dx_s, ra + residual_s, sa + dresidual_s
+        ka += c1 - c0
 
 
 @merged
-def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_, task):
+def _backward(p, a, x, dy, dx, dresidual, residual, mask, kept, act, mean, rstd, rows_, task, worker):
     c0, c1 = np.int64(0), p.C
+    kept = shifted(kept, worker * p.kept)
     start = task * p.per_task
     if p.phase == SUMS + MERGE + APPLY:  # slabs of samples, one after the other in the same place of work and rows
         slabs = maximum(p.C // p.slab, 1)
@@ -270,11 +287,12 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_
                     unit_moments(p, a, x, mask, n, task, unit, c0, c1)
             _backward_planes(p, a, x, mask, mean, rstd, rows_, n, task, c0, c1)
             for unit in range(p.units):
-                _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, task, unit, c0, c1)
+                _unit_sums(p, a, x, dy, residual, mask, kept, act, rows_, n, task, unit, c0, c1)
             _backward_merge(p, a, x, mask, mean, rstd, rows_, n, task, c0, c1)
             for unit in range(p.units - 1, -1, -1):  # the unit read last is the one that is still in cache
                 first, last = unit * p.unit, minimum((unit + 1) * p.unit, p.S)
-                _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, task, first, last, c0, c1)
+                _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, kept, act, rows_, n, task, first, last, c0,
+                               c1)  # fmt: skip
     elif p.phase == PLANES:
         _backward_planes(p, a, x, mask, mean, rstd, rows_, task, task, c0, c1)
     elif p.phase == MERGE:
@@ -283,28 +301,31 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, act, mean, rstd, rows_
         for k in range(start, minimum(start + p.per_task, p.N * p.units)):
             if p.phase == SUMS:
                 n = k // p.units
-                _unit_sums(p, a, x, dy, residual, mask, act, rows_, n, n, k % p.units, c0, c1)
+                _unit_sums(p, a, x, dy, residual, mask, kept, act, rows_, n, n, k % p.units, c0, c1)
             else:
                 index = p.N * p.units - 1 - k
                 n, unit = index // p.units, index % p.units
                 first, last = unit * p.unit, minimum((unit + 1) * p.unit, p.S)
-                _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, act, rows_, n, n, first, last, c0, c1)
+                _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, kept, act, rows_, n, n, first, last, c0, c1)
     fence()
 
 
 @cache
-def backward_kernel(element: int, act: int, residual: bool, mask: bool) -> Any:
-    """The compiled backward for these element and activation codes; with a residual it also writes dresidual."""
+def backward_kernel(element: int, act: int, residual: bool, mask: bool, kept: bool) -> Any:
+    """The compiled backward for these element and activation codes; with a residual it also writes dresidual. kept: dz
+    is computed once and kept, else twice.
+    """
     residual_element, mask_element = element if residual else NONE, BOOL if mask else NONE
     lane_element = FLOAT64 if element == FLOAT64 else FLOAT32
+    kept_element = lane_element if kept else NONE
 
-    def kernel(plan, call, task):
+    def kernel(plan, call, task, worker):
         p, a = plan_at(plan), call_at(call)
         _backward(
             p, a, pointer(a.x, element), pointer(a.dy, element), pointer(a.dx, element),
-            pointer(a.dresidual, residual_element), pointer(a.residual, residual_element), pointer(a.mask,
-            mask_element), activation(act, FLOAT32), pointer(a.mean, lane_element), pointer(a.rstd, lane_element),
-            pointer(a.rows, lane_element), task,
+            pointer(a.dresidual, residual_element), pointer(a.residual, residual_element),
+            pointer(a.mask, mask_element), pointer(to_line(a.kept), kept_element), activation(act, FLOAT32),
+            pointer(a.mean, lane_element), pointer(a.rstd, lane_element), pointer(a.rows, lane_element), task, worker,
         )  # fmt: skip
 
-    return compiled(kernel, f"last_backward_{element}_{act}_{residual:d}_{mask:d}")
+    return compiled(kernel, f"last_backward_{element}_{act}_{residual:d}_{mask:d}_{kept:d}")
