@@ -86,6 +86,16 @@ def test_rivals_compute_group_norm(name, layout, direction, dtype):
     )
 
 
+def test_no_rival_is_blamed_for_the_side_of_a_jump_it_rounds_to():
+    case = cases.Case("many-values", (2, 32, 24, 24), 8, "a test", "relu")
+    work = work_of("backward", "NHWC", "float32", "relu", case)
+    (z,) = work_of("forward", "NHWC", "float32", None, case).expected
+    rounded = np.where(np.abs(z) < 2e-3, -z, z)
+    assert ((z > 0) != (rounded > 0)).any(), "no z is that near"
+    np.testing.assert_array_equal(work.dy * (z > 0), work.dy * (rounded > 0))
+    assert np.count_nonzero(work.dy) > 0.99 * work.dy.size
+
+
 def test_worst_error_finds_nan_and_wrong_shapes():
     good = np.ones((3, 4))
     assert worst_error((good,), (good,)) == 0

@@ -19,7 +19,7 @@ from groupnorm._engines import cpu
 from programs import python
 
 planning = import_module("groupnorm._engines.cpu.plan")  # the package has a function of that name
-LARGE = (64, 32, 64, 64)  # 32 MiB: its output is a recycled block
+LARGE = (16, 32, 64, 64)  # 8 MiB: its output is a recycled block
 
 
 def draw(shape: tuple[int, ...] = LARGE, seed: int = 0) -> Any:
@@ -202,7 +202,7 @@ def test_output_collected_on_another_thread() -> None:
 def test_a_new_block_takes_the_place_of_free_ones() -> None:
     """Outputs that grow leave nothing behind but what the last one needs."""
     gn.empty_cache()
-    for megabytes in (32, 40, 48):
+    for megabytes in (8, 12, 16):
         gn.group_norm(np.zeros((1, 4, megabytes << 16), np.float32), 2)
         assert [span.size >> 20 for span in buffers._free] == [megabytes]
     gn.empty_cache()

@@ -1,7 +1,7 @@
 """The work of one measurement: its arrays, and the float64 results that every rival is held to before it is timed."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,8 @@ Array = Any
 # something else, so it leaves room for statistics in a single float32 accumulator (3e-4 over 262,144 positions) and
 # for rounding twice to 16 bits.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 2**-8, "bfloat16": 2**-5}
+
+_JUMPS = {"relu": (0.0,), "hardswish": (-3.0, 3.0)}  # where slopes do
 
 _BLOCK = (
     1 << 21
@@ -55,8 +57,17 @@ class Work:
 
     @cached_property
     def dy(self) -> Array:
-        """Normal numbers around 0, of x's shape."""
-        return self._draw("dy", 2, self._shape(), 0.0)
+        """Normal numbers around 0, of x's shape; 0 where the activation's slope jumps within rounding of z, since
+        either side is right there.
+        """
+        dy = self._draw("dy", 2, self._shape(), 0.0)
+        if self.activation in _JUMPS and "dy" not in self.given:
+            plain = replace(self, direction="forward", activation=None)
+            (z,) = plain.expected
+            near = TOLERANCE["float32"] * float(np.abs(z).max(initial=0.0))
+            for at in _JUMPS[self.activation]:
+                dy[np.abs(z - at) <= near] = 0
+        return dy
 
     @cached_property
     def weight(self) -> Array:
