@@ -6,9 +6,10 @@ small memory, and takes large blocks from the system each time. So a large outpu
 when the last array that views it is gone. A smaller output takes a piece of a block, whose rest stays free, and
 neighbouring pieces that are free are one again.
 
-Of free memory two outputs of the largest size are kept, which is what a forward and its backward let go of; the rest,
-and all of it by `empty_cache`, goes back to the system. A new block takes the place of free ones that are too small: a
-model whose tensors grow from layer to layer would keep one of each size otherwise.
+At most two outputs of the largest size asked for are held in this way, in use or free: what a forward and its backward,
+or two layers of a model in inference, have at the same time. Beyond that outputs come from the usual allocator: in
+training, where every output stays until backward, blocks of ours would be memory that nobody else can use, and new
+ones in every step. A new block takes the place of free ones that are too small.
 """
 
 import contextlib
@@ -21,14 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["LARGE", "empty", "empty_cache", "first_write"]
+__all__ = ["LARGE", "empty", "empty_cache", "first_write", "lend"]
 
 # Bytes from which an output lies in recycled memory. What is smaller the C library recycles by itself, for everybody:
 # glibc keeps up to twice the largest block that was freed, so that in a model only the largest outputs miss it. Norms
 # of one inference, in ms, with 1, 8 and 32 MB here: ResNet-50 35, 31, 56; SD UNet 7.0, 5.4, 5.5; VAE 31, 30, 28 (AMD
 # EPYC, November 2026). Other libraries keep less.
 LARGE = 8 << 20 if platform.libc_ver()[0] == "glibc" else 1 << 20
-_KEPT = 2  # free memory that is kept, in outputs of the largest size asked for
+_HELD = 2  # what is held, in outputs of the largest size asked for
 _PAGE = 4096  # blocks are cut at multiples of this
 
 
@@ -43,11 +44,16 @@ class _Span(NamedTuple):
     def size(self) -> int:
         return self.stop - self.start
 
+    @property
+    def is_whole(self) -> bool:
+        return self.size == len(self.block)
+
 
 _returned: deque[_Span] = deque()  # what came back since the last look; appended to from any thread, without a lock
 _free: list[_Span] = []  # what is free, the piece that came back last at the end
 _lock = threading.Lock()
-_largest = 0  # bytes
+_largest = 0  # bytes of the largest output so far
+_held = 0  # bytes of all blocks
 
 
 class _Lease(np.ndarray[Any, Any]):
@@ -57,42 +63,50 @@ class _Lease(np.ndarray[Any, Any]):
     fresh = False
 
     def __del__(self) -> None:
-        if self.span is not None and _give_back is not None:  # None while the interpreter ends
-            _give_back(self.span)
+        if self.span is not None and _returned is not None:  # None while the interpreter ends
+            _returned.append(self.span)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-    """An uninitialised contiguous array; a large one starts at a page, in recycled memory if there is some."""
-    global _largest
+    """An uninitialised contiguous array; a large one lies in recycled memory if there is some."""
     size = dtype.itemsize
     for length in shape:
         size *= length
-    if size < LARGE:
-        return np.empty(shape, dtype)
+    lent = lend(size) if size >= LARGE else None
+    return np.empty(shape, dtype) if lent is None else np.ndarray(shape, dtype, buffer=lent)
+
+
+def lend(size: int) -> Any:
+    """Recycled memory of so many bytes as an array of uint8 that begins at a page; None if enough of it is in use."""
+    global _largest, _held
     room = -(-size // _PAGE) * _PAGE
     with _lock:
         _largest = max(_largest, room)
-        _collect(_KEPT * _largest)
+        _take_in()
         fitting = [i for i, span in enumerate(_free) if span.size >= room]
-        span = _free.pop(min(fitting, key=lambda i: (_free[i].size, -i))) if fitting else None
-        if span is None:
-            _collect(sum(span.size for span in _free) - room)
-        elif span.size > room:
-            _free.append(span._replace(start=span.start + room))
-    fresh = span is None
-    if span is None:
-        span = _Span(_new_block(room), 0, room)
+        if fitting:
+            span = _free.pop(min(fitting, key=lambda i: (_free[i].size, -i)))
+            if span.size > room:
+                _free.append(span._replace(start=span.start + room))
+            span = span._replace(stop=span.start + room)
+        else:
+            excess = _held + room - _HELD * _largest
+            if excess > sum(span.size for span in _free if span.is_whole):
+                return None
+            _drop(max(excess, room))
+            span = _Span(_new_block(room), 0, room)
+            _held += room
     # The lease stands right on the mapping: over an array NumPy would look through it and keep that array as the base.
     lease = _Lease((size,), np.uint8, buffer=span.block, offset=span.start)
-    lease.span, lease.fresh = span._replace(stop=span.start + room), fresh
-    return np.ndarray(shape, dtype, buffer=lease)
+    lease.span, lease.fresh = span, not fitting
+    return lease
 
 
 def first_write(array: Any) -> bool:
-    """Whether the array came from `empty` in a block that was never written, asked just before it is: streamed stores
-    into such memory are slow (45 ms for 103 MB on the reference machine, against 25 ms of ordinary ones).
+    """Whether the array lies in a block that was never written, asked just before it is: streamed stores into such
+    memory are slow (45 ms for 103 MB on the reference machine, against 25 ms of ordinary ones).
     """
-    base = array.base
+    base = array
     while base.__class__ is np.ndarray:
         base = base.base
     if base.__class__ is not _Lease or not base.fresh:
@@ -106,21 +120,12 @@ def empty_cache() -> None:
     global _largest
     with _lock:
         _largest = 0
-        _collect(0)
+        _take_in()
+        _drop(_held)
 
 
-def _give_back(span: _Span) -> None:
-    """Called by whatever ends an array: any thread, also inside `empty`, when the lock is taken."""
-    _returned.append(span)
-    if _lock.acquire(blocking=False):
-        try:
-            _collect(_KEPT * _largest)
-        finally:
-            _lock.release()
-
-
-def _collect(limit: int) -> None:
-    """Take in what came back, and drop the blocks that were free for longest while there are more bytes."""
+def _take_in() -> None:
+    """Make what came back free again, one with its neighbours."""
     while _returned:
         span = _returned.popleft()
         for other in [other for other in _free if other.block is span.block]:
@@ -128,10 +133,15 @@ def _collect(limit: int) -> None:
                 _free.remove(other)
                 span = _Span(span.block, min(span.start, other.start), max(span.stop, other.stop))
         _free.append(span)
-    excess = sum(span.size for span in _free) - limit
-    for span in list(_free):
-        if excess > 0 and span.size == len(span.block):
+
+
+def _drop(excess: int) -> None:
+    """Give so many bytes back to the system, if there are as many in free blocks: first what was free for longest."""
+    global _held
+    for span in [span for span in _free if span.is_whole]:
+        if excess > 0:
             _free.remove(span)
+            _held -= span.size
             excess -= span.size
 
 

@@ -29,7 +29,7 @@ __all__ = ["Gradients", "Kind", "backward", "empty_result", "forward", "kind_of"
 Tensor = Any
 
 _KINDS_KEPT = 4096  # a program with more kinds of call than this starts over
-_BFLOAT16, _BYTE = np.dtype(ml_dtypes.bfloat16), np.dtype(np.uint8)
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _STATS = {torch.float64: torch.float64}  # the type of mean and rstd where it is not float32
 _kinds: dict[Any, "Kind"] = {}
 _get_num_threads = torch.get_num_threads
@@ -354,8 +354,8 @@ def _empty(kind: Kind, x: Tensor) -> tuple[Tensor, bool]:
     """A result of x's shape and type, and whether it lies in memory that was never written."""
     if kind.alike:
         return torch.empty_like(x), False
-    if not kind.large:
-        return torch.empty_strided(x.shape, kind.strides, dtype=x.dtype), False
-    room = buffers.empty((x.nbytes,), _BYTE)
-    fresh = buffers.first_write(room)
-    return torch.from_numpy(room).view(x.dtype).as_strided(x.shape, kind.strides), fresh
+    lent = buffers.lend(x.nbytes) if kind.large else None
+    if lent is None:  # a large one that is not lent may come from the system
+        return torch.empty_strided(x.shape, kind.strides, dtype=x.dtype), kind.large
+    fresh = buffers.first_write(lent)
+    return torch.from_numpy(lent).view(x.dtype).as_strided(x.shape, kind.strides), fresh
