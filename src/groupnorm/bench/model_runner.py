@@ -24,7 +24,9 @@ Tensor = Any
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # an error that is always allowed ...
 _RATIO = 2  # ... and so many times that of stock, which deep models in bfloat16 need
 _EXACT = {"float32": "float64", "bfloat16": "float32"}  # the dtype that gives the exact result: five digits more
-_NOTHING = 1e-3  # gradients below this part of the largest one are nothing but rounding, that of a key's bias for one
+_NOTHING = (
+    1e-3  # gradients below this part of the largest one should be 0 and are rounding, that of a key's bias for one
+)
 
 
 def run_models(
@@ -93,15 +95,15 @@ def measure_model(
 
 
 def error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """The largest distance of a tensor from the exact one, as a part of its length (2-norm); inf for what is not finite
-    or of another shape.
+    """The largest distance of a tensor from the exact one, as a part of its length (2-norm), or of the largest one's
+    where it should be 0: there is nothing to be relative to. inf for what is not finite or of another shape.
     """
     if [tensor.shape for tensor in found] != [tensor.shape for tensor in exact]:
         return math.inf
     scales = [tensor.norm().item() / max(1, tensor.numel()) ** 0.5 for tensor in exact]
     worst = 0.0
     for tensor, wanted, scale in zip(found, exact, scales, strict=True):
-        length = max(scale, _NOTHING * max(scales)) * max(1, wanted.numel()) ** 0.5
+        length = (scale if scale > _NOTHING * max(scales) else max(scales)) * max(1, wanted.numel()) ** 0.5
         distance = (tensor.to(wanted.dtype) - wanted).norm().item() / length if length else 0.0
         worst = max(worst, distance) if math.isfinite(distance) else math.inf
     return worst
