@@ -24,6 +24,7 @@ from groupnorm._engines.cpu.simd import (
     SCALAR,
     Vector,
     call_intrinsic,
+    has_feature,
     lanes_below,
     splat,
     total,
@@ -38,6 +39,19 @@ _STORED = {"f16": _HALF, "bf16": I16, "f32": F32, "f64": F64, "bool": I8}
 _SUFFIX = {"f16": "f16", "bf16": "i16", "f32": "f32", "f64": "f64", "bool": "i8"}  # as LLVM spells the stored type
 _BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "bool": 1}
 _LANE_OF = {"f16": "f32", "bf16": "f32", "f32": "f32", "f64": "f64", "bool": "bool"}
+
+
+class _BFloat(ir.types.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
 
 
 class Pointer(types.Type):  # type: ignore[misc]
@@ -161,12 +175,18 @@ def _decode(builder: Any, element: str, raw: Any) -> Any:
     return raw
 
 
-def _encode(builder: Any, element: str, value: Any) -> Any:
-    """Lane value(s) to the stored element: round to nearest even; a NaN stays a NaN."""
+def _encode(context: Any, builder: Any, element: str, value: Any) -> Any:
+    """Lane value(s) to the stored element: round to nearest even; a NaN stays a NaN.
+
+    bfloat16 is rounded by one instruction where there is one (AVX-512 BF16, nine otherwise: forward in cache 1.3 to 1.5
+    times as fast with it). It writes zero for what is below 2^-126, the smallest normal number.
+    """
     vector = isinstance(value.type, ir.VectorType)
     shape = (lambda t: ir.VectorType(t, LANES)) if vector else (lambda t: t)
     if element == "f16":
         return builder.fptrunc(value, shape(_HALF))
+    if element == "bf16" and has_feature(context, "avx512bf16"):
+        return builder.bitcast(builder.fptrunc(value, shape(_BFloat())), shape(I16))
     if element == "bf16":
 
         def constant(number: int) -> Any:
@@ -217,7 +237,7 @@ def store(typingctx: Any, p: Any, index: Any, value: Any) -> Any:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         where, size = _address(builder, p, args[0], args[1])
-        builder.store(_encode(builder, p.element, args[2]), where, align=size)
+        builder.store(_encode(context, builder, p.element, args[2]), where, align=size)
 
     return types.void(p, types.int64, value), lower
 
@@ -228,7 +248,7 @@ def stream(typingctx: Any, p: Any, index: Any, value: Any) -> Any:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         where, size = _address(builder, p, args[0], args[1])
-        written = builder.store(_encode(builder, p.element, args[2]), where, align=size * LANES)
+        written = builder.store(_encode(context, builder, p.element, args[2]), where, align=size * LANES)
         written.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
 
     return types.void(p, types.int64, value), lower
@@ -240,7 +260,7 @@ def store_first(typingctx: Any, p: Any, index: Any, value: Any, count: Any) -> A
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         where, size = _address(builder, p, args[0], args[1])
-        raw = _encode(builder, p.element, args[2])
+        raw = _encode(context, builder, p.element, args[2])
         name = f"llvm.masked.store.v{LANES}{_SUFFIX[p.element]}.p0"
         call_intrinsic(builder, name, ir.VoidType(), raw, where, I32(size), lanes_below(builder, args[3]))
 
@@ -266,7 +286,7 @@ def store_one(typingctx: Any, p: Any, index: Any, value: Any) -> Any:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         where, size = _address(builder, p, args[0], args[1], lanes=1)
-        builder.store(_encode(builder, p.element, args[2]), where, align=size)
+        builder.store(_encode(context, builder, p.element, args[2]), where, align=size)
 
     return types.void(p, types.int64, kind), lower
 

@@ -70,6 +70,12 @@ def call_intrinsic(builder: Any, name: str, result: ir.Type, *arguments: Any) ->
     return builder.call(function, arguments)
 
 
+def has_feature(context: Any, name: str) -> bool:
+    """Whether the processor that is compiled for has this feature, in LLVM's spelling."""
+    _, _, features = context.codegen().magic_tuple()
+    return f"+{name}" in features.split(",")
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 _FLOAT = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul", operator.truediv: "fdiv"}
@@ -195,8 +201,7 @@ def quotient(typingctx: Any, a: Any, b: Any) -> Any:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         n, d = (as_lanes(context, builder, v, t, lane) for v, t in zip(args, sig.args, strict=True))
-        _, _, features = context.codegen().magic_tuple()
-        if lane != "f32" or "+avx512f" not in features.split(","):
+        if lane != "f32" or not has_feature(context, "avx512f"):
             return builder.fdiv(n, d)
         vector = n.type
         zero, everywhere = ir.Constant(vector, None), ir.Constant(ir.IntType(LANES), -1)
