@@ -25,7 +25,8 @@ LAYERS = [
     ["cli"],
     ["bench"],
     ["analysis", "files"],
-    ["numpy", "torch", "jax", "onnx", "caffe2"],
+    ["caffe2"],  # stands on the NumPy front end
+    ["numpy", "torch", "jax", "onnx"],
     ["_dispatch"],
     ["_engines.cpu", "_engines.gpu", "_engines.reference"],
     ["_engines"],
@@ -53,10 +54,11 @@ THIRD_PARTY = {
     "ml_dtypes": ANYONE - {"reference", "errors"},
     "numba": {"_engines.cpu", "cli", "bench"},
     "llvmlite": {"_engines.cpu", "cli", "bench"},
-    "torch": {"_engines.gpu", "torch", "cli", "bench"},
+    "torch": {"_engines.gpu", "torch", "analysis", "cli", "bench"},
     "triton": {"_engines.gpu", "cli", "bench"},
     "jax": {"jax", "cli", "bench"},
-    "onnx": {"onnx", "cli", "bench"},
+    "onnx": {"onnx", "caffe2", "cli", "bench"},
+    "google": {"caffe2"},  # protobuf
     "onnxruntime": {"cli", "bench"},
     "openvino": {"cli", "bench"},
     "diffusers": {"bench"},

@@ -17,7 +17,8 @@ from groupnorm.errors import GroupNormError
 
 __all__ = ["app", "main"]
 
-_COMMANDS = ("demo", "run", "check", "bench", "info")  # each is groupnorm.cli.<name>.<name>, in the order of --help
+_COMMANDS = ("demo", "run", "check", "bench", "info", "roofline", "advise", "style", "compare")
+# each is groupnorm.cli.<name>.<name>, in the order of --help
 
 app = typer.Typer(
     name="groupnorm",
