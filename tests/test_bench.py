@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from groupnorm import reference
-from groupnorm.bench import cases, machine, records, rivals, runner, timing
+from groupnorm._core import machine
+from groupnorm.bench import cases, records, rivals, runner, timing
 from groupnorm.bench.chart import Bar, bar_chart
 from groupnorm.bench.ready import Ready
 from groupnorm.bench.report import CHARTS, report

@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 import groupnorm as gn
-from groupnorm.bench import machine, model_records, models, records
+from groupnorm._core import machine
+from groupnorm.bench import model_records, models, records
 from groupnorm.bench.model_tables import MODEL_TABLES
 from groupnorm.bench.model_work import ModelWork, model_works
 from groupnorm.bench.report import report

@@ -1,9 +1,18 @@
-"""What the machine is: the sizes of its caches, as far as the system tells."""
+"""What the machine is: processor, cores, caches, memory, and the versions of what runs on it."""
 
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["CACHES", "Caches"]
+from groupnorm._version import __version__
+
+__all__ = ["CACHES", "Caches", "Machine", "describe", "versions"]
+
+_CPU = Path("/sys/devices/system/cpu")
 
 
 class Caches(NamedTuple):
@@ -14,17 +23,132 @@ class Caches(NamedTuple):
     l3: int
 
 
-def _read() -> Caches:
-    """Linux says it in /sys; elsewhere a usual size is taken. Plans use it for speed only, never for results."""
-    found = {1: 32 << 10, 2: 1 << 20, 3: 16 << 20}
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A computer, as far as it matters here. `caches`: "L1d", "L2", "L3" -> bytes of one instance, where known."""
+
+    cpu: str
+    cores: int
+    logical_cpus: int
+    caches: dict[str, int]
+    memory_bytes: int | None
+    system: str
+
+    @property
+    def slug(self) -> str:
+        """The name of its folder under results/: processor and cores."""
+        return f"{re.sub(r'[^a-z0-9]+', '-', self.cpu.lower()).strip('-')}-{self.cores}c"
+
+    @property
+    def largest_cache_bytes(self) -> int:
+        """Bytes of the last cache before memory; 32 MB where the system does not tell."""
+        return max(self.caches.values(), default=32 << 20)
+
+
+def describe() -> Machine:
+    """The machine that runs this. Reads a few small files; asks `sysctl` on macOS."""
+    import platform
+
+    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        _cpu_name(), _cores(logical), logical, _caches(), _memory_bytes(), f"{platform.system()} {platform.machine()}"
+    )
+
+
+def versions(packages: Iterable[str] = ()) -> dict[str, str]:
+    """Versions of Python, this package, NumPy, Numba, and of those of `packages` that are installed."""
+    import platform
+    from importlib import metadata
+
+    import numpy as np
+
+    found = {"python": platform.python_version(), "groupnorm": __version__, "numpy": np.__version__}
+    for name in ("numba", "llvmlite", "ml_dtypes", *packages):
         try:
-            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
-            if kind != "Instruction" and size.endswith("K"):
-                found[int(level)] = int(size[:-1]) << 10
-        except (OSError, ValueError):
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             continue
-    return Caches(found[1], found[2], found[3])
+    return found
 
 
-CACHES = _read()
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(\S.*)$", text, re.MULTILINE)
+    name = (
+        found.group(1) if found else _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
+    )
+    return re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|@.*$", " ", name).replace("  ", " ").strip() or "unknown"
+
+
+def _sysctl(key: str) -> str:
+    if sys.platform != "darwin":
+        return ""
+    import subprocess
+
+    try:
+        return subprocess.run(
+            ["sysctl", "-n", key], capture_output=True, text=True, timeout=5, check=False
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _cores(logical: int) -> int:
+    """Physical cores that this process may use: logical CPUs without their hyper-thread siblings."""
+    siblings = set()
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(logical)
+    for cpu in allowed:
+        try:
+            siblings.add((_CPU / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii").strip())
+        except OSError:
+            counted = _sysctl("hw.physicalcpu")
+            return int(counted) if counted.isdecimal() else logical
+    return len(siblings)
+
+
+def _caches() -> dict[str, int]:
+    found = _caches_of_linux()
+    for name, key in (("L1d", "hw.l1dcachesize"), ("L2", "hw.l2cachesize"), ("L3", "hw.l3cachesize")):
+        if not found.get(name) and _sysctl(key).isdecimal() and int(_sysctl(key)):
+            found[name] = int(_sysctl(key))
+    return found
+
+
+def _caches_of_linux() -> dict[str, int]:
+    """What Linux says in /sys; elsewhere nothing."""
+    found: dict[str, int] = {}
+    for index in sorted((_CPU / "cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = (
+                (index / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size")
+            )
+        except OSError:
+            continue
+        unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(size[-1:], 1)
+        digits = size.rstrip("KMG")
+        if kind != "Instruction" and digits.isdecimal():
+            found[f"L{level}{'d' if kind == 'Data' and level == '1' else ''}"] = int(digits) * unit
+    return found
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        pass
+    text = _sysctl("hw.memsize")
+    return int(text) if text.isdecimal() else None
+
+
+def _known_caches() -> Caches:
+    """What Linux tells, else a usual size. Plans use it for speed only, never for results."""
+    found = _caches_of_linux()
+    return Caches(found.get("L1d", 32 << 10), found.get("L2", 1 << 20), found.get("L3", 16 << 20))
+
+
+CACHES = _known_caches()

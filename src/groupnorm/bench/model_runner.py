@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import groupnorm as gn
-from groupnorm.bench.machine import Machine, describe, versions
+from groupnorm._core.machine import Machine, describe, versions
 from groupnorm.bench.model_memory import peak_bytes
 from groupnorm.bench.model_profile import norm_share
 from groupnorm.bench.model_records import ModelRecord

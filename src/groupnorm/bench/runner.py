@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import groupnorm as gn
+from groupnorm._core.machine import Machine, describe, versions
 from groupnorm.bench.cases import Case
 from groupnorm.bench.copies import STREAMED, copies
-from groupnorm.bench.machine import Machine, describe, versions
 from groupnorm.bench.ready import Ready, Unsupported
 from groupnorm.bench.records import Record
 from groupnorm.bench.rivals import Rival

@@ -86,7 +86,9 @@ class Work:
 
     @property
     def minimum_bytes(self) -> int:
-        """What must move at least: forward reads x and writes y, backward reads x and dy and writes dx."""
+        """What must move at least of arrays of x's shape: forward reads x and writes y, backward reads x and dy and
+        writes dx. Parameters and statistics are left out: a copy, which this is compared with, has none.
+        """
         size: int = self.x.nbytes
         return size * (2 if self.direction == "forward" else 3)
 

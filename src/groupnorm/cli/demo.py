@@ -170,7 +170,8 @@ def _table(results: list[dict[str, Any]], console: Any) -> None:
 
 def _draw(output: Path, photo: Any, pictures: Any, maps: Any, results: list[dict[str, Any]]) -> None:
     import groupnorm as gn
-    from groupnorm.bench import machine, picture
+    from groupnorm._core import machine
+    from groupnorm.bench import picture
 
     times = {f"{result['direction']} {result['layout']}": result["seconds"] for result in results}
     size = "x".join(map(str, maps.shape))

@@ -1,10 +1,10 @@
 """`groupnorm info`: what is here, and how a problem would be done."""
 
-import re
 from typing import Annotated, Any
 
 import typer
 
+from groupnorm.cli.shapes import sizes_of
 from groupnorm.errors import OptionError
 
 __all__ = ["EXAMPLE", "info", "plan_text"]
@@ -65,13 +65,11 @@ def plan_text(
     from groupnorm._dispatch import choose
     from groupnorm.bench.work import numpy_dtype
 
-    if re.fullmatch(r"\d+([x,]\d+)+", shape) is None:
-        raise OptionError(f"--shape must be numbers with x between them, such as 2x320x64x64: got {shape!r}")
+    sizes = sizes_of(shape, "--shape")
     if dtype not in DTYPES:
         raise OptionError(f"--dtype must be one of {', '.join(DTYPES)}: got {dtype!r}")
     if direction not in ("forward", "backward"):
         raise OptionError(f"--direction must be forward or backward: got {direction!r}")
-    sizes = tuple(int(size) for size in re.split("[x,]", shape))
     try:
         x = _untouched(sizes, numpy_dtype(dtype))
     except (ValueError, OverflowError) as error:
@@ -102,7 +100,7 @@ def _facts() -> dict[str, Any]:
     from dataclasses import asdict
 
     from groupnorm import get_num_threads
-    from groupnorm.bench import machine
+    from groupnorm._core import machine
 
     return {
         "versions": machine.versions(("torch", "jax", "onnxruntime", "openvino", "matplotlib")),
