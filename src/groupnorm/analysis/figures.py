@@ -147,7 +147,7 @@ def _speeds(given: dict[str, Any]) -> Speeds:
 
 
 def _check(figures: MachineFigures) -> None:
-    numbers = [figures.launch_s, figures.lanes]
+    numbers: list[Any] = [figures.launch_s, figures.lanes]
     for speeds in figures.speeds:
         numbers += [speeds.threads, speeds.operations_per_s, *speeds.flops_per_s.values()]
         numbers += [number for level in speeds.levels for number in level[2:]]

@@ -16,6 +16,7 @@ from groupnorm.bench.cases import CASES
 from groupnorm.bench.chart import Bar, bar_chart
 from groupnorm.bench.model_records import load_models
 from groupnorm.bench.model_tables import MODEL_TABLES
+from groupnorm.bench.predictions import PREDICTION_TABLES, load_figures
 from groupnorm.bench.records import Record, load
 from groupnorm.bench.tables import TABLES, groups_of_work, machine_name, ours, short
 from groupnorm.errors import FileError
@@ -43,6 +44,8 @@ def report(root: Path) -> list[Path]:
     models = load_models(root / "results")
     tables = {name: partial(table, records) for name, table in TABLES.items()}
     tables |= {name: partial(table, models) for name, table in MODEL_TABLES.items()}
+    figures = load_figures(root / "results")
+    tables |= {name: partial(table, records, figures) for name, table in PREDICTION_TABLES.items()}
     pictures = _pictures(records, root / "docs" / "img")
     new: dict[Path, str] = {}
     used: set[Path] = set()

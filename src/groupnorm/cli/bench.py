@@ -116,6 +116,8 @@ def _measure(todo: list[Any], rivals: Any, seconds: float, cold: bool, folder: P
                 console.print(_table(records))
                 progress.start()
 
+        if folder is not None:
+            _keep_figures(folder)
         found = run(todo, rivals, budget_s=seconds, cold=cold, report=done)
     if as_json:
         from json import dumps
@@ -125,6 +127,17 @@ def _measure(todo: list[Any], rivals: Any, seconds: float, cold: bool, folder: P
         console.print(f"{len(found)} records in {folder}; tables: groupnorm bench --report")
     if any(record.status == "failed" and record.rival.startswith("groupnorm") for record in found):
         raise typer.Exit(1)
+
+
+def _keep_figures(folder: Path) -> None:
+    """What this machine can do at most, beside the records: tables compare them. Measured once for a folder."""
+    from groupnorm._core.machine import describe
+    from groupnorm.analysis.figures import figures_of, write_figures
+    from groupnorm.bench.predictions import FILE
+
+    path = folder / describe().slug / FILE
+    if not path.exists():
+        write_figures(figures_of(None), path)
 
 
 def _table(records: list[Any]) -> Any:

@@ -1,0 +1,313 @@
+"""The roofline: least bytes and operations as literals, bounds of known machines, figures, the command."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import pytest
+from typer.testing import CliRunner
+
+import groupnorm as gn
+from groupnorm._core.traffic import least_traffic
+from groupnorm.analysis import figures as figures_module
+from groupnorm.analysis.devices import DEVICES, STORAGE
+from groupnorm.analysis.figures import Level, MachineFigures, Speeds, figures_of, read_figures, write_figures
+from groupnorm.analysis.operations import flops_per_element, operations_per_element
+from groupnorm.analysis.prediction import move_s, predicted_seconds
+from groupnorm.bench.predictions import compare_records, load_figures
+from groupnorm.bench.records import load
+from groupnorm.cli import app, main
+from groupnorm.errors import DtypeError, FileError, OptionError, ShapeError
+
+ROOT = Path(__file__).resolve().parents[1]
+MEMORY = Level("memory", None, 10e9, 20e9, 20e9)
+CACHE = Level("L3", 1000, 100e9, 80e9, 80e9)
+SPEEDS = (Speeds(1, (MEMORY,), {"float32": 100e9}, 100e9), Speeds(4, (CACHE, MEMORY), {"float32": 400e9}, 400e9))
+PLAIN = MachineFigures("plain", "cpu", "made up for tests", 8, 1e-6, SPEEDS)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """Figures of this machine are not measured: those of a plain one are found in their place."""
+    monkeypatch.setenv("GROUPNORM_CACHE_DIR", str(tmp_path / "cache"))
+    write_figures(PLAIN, figures_module.cache_path())
+
+
+# ---- what is counted -------------------------------------------------------------------------------------------------
+
+
+def test_least_bytes_as_literals():
+    x = 2 * 64 * 100 * 4  # N=2, C=64, S=100, float32
+    assert least_traffic(2, 64, 100, 8, "float32", "forward") == (x + 2 * 64 * 4, x, x + 2 * 64 * 4 + 2 * 16 * 4)
+    assert least_traffic(2, 64, 100, 8, "float32", "forward", affine=False).moved == 2 * x
+    backward = least_traffic(2, 64, 100, 8, "float32", "backward")
+    assert backward.read == 2 * x + 2 * 64 * 4 + 2 * 16 * 4
+    assert backward.written == x + 2 * 64 * 4
+    half = least_traffic(2, 64, 100, 8, "bfloat16", "forward", residual=True, scale_shift=True)
+    assert half.read == x + 2 * 64 * 2 + 2 * 2 * 64 * 2  # x and residual at half the size, parameters
+    assert half.saved == x + 2 * 64 * 2 + 2 * 2 * 64 * 2 + 2 * 16 * 4  # statistics stay float32
+
+
+def test_flops_and_operations_as_literals():
+    assert flops_per_element("forward", None) == 7  # x - pivot, 1 + 2 for the sums; x - m, 2 for the multiply-add
+    assert flops_per_element("forward", "relu") == 8
+    assert flops_per_element("backward", None) == 12
+    assert operations_per_element("forward", None, "float32") == {
+        "load": 2, "store": 1, "arithmetic": 5, "activation": 0, "conversion": 0}  # fmt: skip
+    assert operations_per_element("backward", "silu", "bfloat16")["conversion"] == 5
+    for activation in gn.reference.ACTIVATIONS:
+        for direction in ("forward", "backward"):
+            wide, short = (operations_per_element(direction, activation, dtype) for dtype in ("float32", "float16"))
+            assert wide["activation"] >= short["activation"]  # an exponential for 16-bit results is shorter
+            assert (wide["activation"] > 0) == (activation is not None)
+            assert flops_per_element(direction, activation) <= 2 * sum(wide.values())
+
+
+def test_bytes_move_at_the_speed_of_where_they_lie():
+    levels = PLAIN.speeds[1].levels
+    assert move_s(1000, 1000, levels, "read") == pytest.approx([1e-8, 0.0])
+    assert move_s(2000, 2000, levels, "read") == pytest.approx([1e-8, 1e-7])  # half fits
+    assert move_s(500, 2000, levels, "best") == pytest.approx([250 / 100e9, 250 / 20e9])
+
+
+# ---- roofline --------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_on_a_named_gpu():
+    found = gn.roofline((1, 128, 512, 512), 32, dtype="bfloat16", activation="silu", machine="h200")
+    elements = 128 * 512 * 512
+    assert found.bytes_read == 2 * elements + 2 * 128 * 2
+    assert found.bytes_written == 2 * elements
+    assert found.flops == 11 * elements
+    assert found.times_s["memory"] == pytest.approx(found.bytes / 4.8e12)
+    assert found.times_s["arithmetic"] == pytest.approx(11 * elements / 67e12)
+    assert found.bound == "memory"
+    assert found.time_s == found.times_s["memory"]
+    assert found.predicted_s is None
+    assert found.instructions["load"] == 2 * elements // (32 * 8)  # 16 bytes for each of 32 lanes
+    assert found.ridge == pytest.approx(67 / 4.8)
+    assert found.calls_per_s == pytest.approx(1 / found.time_s)
+    assert "memory bound" in str(found)
+    assert "<- binds" in str(found)
+
+
+def test_limits_on_a_plain_machine(monkeypatch):
+    monkeypatch.setattr("groupnorm.analysis.roofline.get_num_threads", lambda: 4)
+    found = gn.roofline((1, 8, 100), 2, direction="backward")
+    assert found.threads == 4
+    moved = found.bytes
+    assert found.times_s["memory"] == pytest.approx(1000 / 100e9 + (moved - 1000) / 20e9)
+    assert found.times_s["launch"] == 1e-6
+    assert found.bound == "launch"
+    instructions = {"load": 400, "store": 100, "arithmetic": 900, "activation": 0, "conversion": 0}
+    assert found.instructions == instructions
+    assert found.times_s["instructions"] == pytest.approx(1400 / (400e9 / 8))
+    assert found.intensity == pytest.approx(12 * 800 / moved)
+    assert found.predicted_s > found.time_s
+    at = found.launch_elements * moved / 800
+    assert 1000 / 100e9 + (at - 1000) / 20e9 == pytest.approx(1e-6, rel=0.01)
+
+
+def test_data_that_streams_is_bound_by_its_device():
+    found = gn.roofline((4, 64, 256, 256), 32, storage="nvme4")
+    assert found.bound == "storage"
+    assert found.times_s["storage"] == pytest.approx(found.bytes / STORAGE["nvme4"][0])
+    assert gn.roofline((4, 64, 256, 256), 32, storage=1e15).bound != "storage"
+
+
+def test_layouts_name_the_axis_of_the_channels():
+    first, last = gn.roofline((2, 64, 10, 12), 32), gn.roofline((2, 10, 12, 64), 32, layout="NHWC")
+    assert first.bytes == last.bytes
+    with pytest.raises(ShapeError, match="10 channels"):
+        gn.roofline((2, 10, 12, 64), 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "kind", "said"),
+    [
+        (((2, 0, 3), 1), {}, ShapeError, "at least 1"),
+        (((2, -4, 3), 1), {}, ShapeError, "at least 1"),
+        (((2, 4.5), 1), {}, ShapeError, "whole number"),
+        (("ab", 1), {}, ShapeError, "whole numbers"),
+        (((4,), 1), {}, ShapeError, "channel axis"),
+        (((2, 30, 5), 4), {}, ShapeError, "try 3 or 5"),
+        (((2, 8), 2), {"dtype": "int8"}, DtypeError, "float32"),
+        (((2, 8), 2), {"direction": "sideways"}, OptionError, "forward or backward"),
+        (((2, 8), 2), {"activation": "swish"}, OptionError, "silu"),
+        (((2, 8), 2), {"layout": "CHW"}, OptionError, "NHWC"),
+        (((2, 8), 2), {"machine": "abacus"}, OptionError, "H200"),
+        (((2, 8), 2), {"machine": "nowhere.json"}, FileError, "No such file"),
+        (((2, 8), 2), {"storage": "tape"}, OptionError, "nvme4"),
+        (((2, 8), 2), {"storage": -1}, OptionError, "bytes per second"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, options, kind, said):
+    with pytest.raises(kind, match=said):
+        gn.roofline(*arguments, **options)
+
+
+def test_predictions_grow_with_the_work():
+    def seconds(**changed):
+        usual = {"N": 2, "C": 64, "S": 4096, "G": 8, "dtype": "float32", "channels_last": False,
+                 "direction": "forward", "activation": None, "speeds": PLAIN.speeds[1], "launch_s": 1e-6}  # fmt: skip
+        return predicted_seconds(**{**usual, **changed})
+
+    assert 1e-6 < seconds() < seconds(S=8192) < seconds(S=8192, direction="backward")
+    assert seconds() < seconds(activation="silu") < seconds(activation="gelu")
+    assert seconds(S=0) == 1e-6
+    assert seconds(speeds=PLAIN.speeds[0]) > seconds()
+
+
+def test_records_of_this_repository_keep_the_promises():
+    """No bound is above what was measured, and the prediction is within a quarter in the median."""
+    compared = compare_records(load(ROOT / "results"), load_figures(ROOT / "results"))
+    assert len(compared) > 100
+    assert max(each.bound_ratio for each in compared) <= 1
+    assert median(abs(each.predicted_ratio - 1) for each in compared) <= 0.25
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_survive_a_file(tmp_path):
+    write_figures(PLAIN, tmp_path / "deep" / "plain.json")
+    assert read_figures(tmp_path / "deep" / "plain.json") == PLAIN
+    assert figures_of(tmp_path / "deep" / "plain.json") == PLAIN
+    assert figures_of(PLAIN) is PLAIN
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["plain.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "1", "null", '{"format": "something else"}', '{"format": "groupnorm-figures-1"}',
+     json.dumps({"format": "groupnorm-figures-1", "name": "x", "kind": "cpu", "source": "", "lanes": 8, "launch_s": 1,
+                 "speeds": []}),
+     json.dumps({"format": "groupnorm-figures-1", "name": "x", "kind": "cpu", "source": "", "lanes": 8, "launch_s": 1,
+                 "speeds": [{"threads": 1, "levels": [], "flops_per_s": {}, "operations_per_s": 1}]})],
+)  # fmt: skip
+def test_a_file_from_elsewhere_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "figures.json"
+    path.write_text(text)
+    with pytest.raises(FileError, match="figures"):
+        read_figures(path)
+
+
+def test_figures_that_are_no_numbers_are_refused(tmp_path):
+    path = tmp_path / "figures.json"
+    for changed in ({"launch_s": 0.0}, {"launch_s": float("nan")}, {"launch_s": "1"}, {"lanes": -1}):
+        write_figures(replace(PLAIN, **changed), path)
+        with pytest.raises(FileError, match="positive number"):
+            read_figures(path)
+
+
+def test_this_machine_is_measured_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr("groupnorm.analysis.measure.measure_figures", lambda: calls.append(1) or PLAIN)
+    figures_module.cache_path().unlink()
+    assert figures_of(None) == figures_of(None) == PLAIN
+    assert len(calls) == 1
+    figures_of(None, measure_anew=True)
+    assert len(calls) == 2
+    figures_module.cache_path().write_text("broken")
+    assert figures_of(None) == PLAIN
+    assert len(calls) == 3
+
+
+def test_figures_that_nobody_can_keep_are_still_given(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GROUPNORM_CACHE_DIR", str(tmp_path / "file"))  # a folder cannot be made here
+    monkeypatch.setattr("groupnorm.analysis.measure.measure_figures", lambda: PLAIN)
+    assert figures_of(None) == PLAIN
+
+
+def test_measured_figures_make_sense():
+    from groupnorm.analysis.measure import measure_figures
+
+    found = measure_figures()
+    assert found.kind == "cpu"
+    assert 1e-7 < found.launch_s < 1e-3
+    assert [speeds.threads for speeds in found.speeds][:1] == [1]
+    for speeds in found.speeds:
+        assert [level.name for level in speeds.levels] == ["L1", "L2", "L3", "memory"]
+        assert speeds.levels[0].best_bytes_per_s > speeds.levels[-1].best_bytes_per_s > 1e8
+        assert speeds.flops_per_s["float32"] > speeds.flops_per_s["float64"] > 1e8
+        assert speeds.operations_per_s > 1e8
+
+
+def test_every_named_machine_has_a_source():
+    names = [device.name.lower() for device in DEVICES]
+    assert len(set(names)) == len(names)
+    for device in DEVICES:
+        assert any(word in device.source for word in ("data sheet", "product page", "white paper"))
+        found = gn.roofline((8, 64, 32, 32), 32, machine=device.name)
+        assert found.time_s > 0
+        assert (found.predicted_s is None) == (device.kind == "gpu")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, ["roofline", *map(str, arguments)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def test_the_command_prints_limits_and_measures():
+    text = invoke("2x64x16x16", "--measure")
+    assert all(word in text for word in ("memory bound", "launch bound", "predicted", "measured here"))
+    assert "█" in text
+    assert "% of the bound's speed" in invoke("2x16x16x64", "--layout", "NHWC", "--direction", "backward", "--measure",
+                                              "--dtype", "bfloat16")  # fmt: skip
+
+
+def test_the_command_gives_json():
+    found = json.loads(invoke("1,128,64,64", "--machine", "H100", "--storage", "hdd", "--json"))
+    assert found["bound"] == "storage"
+    assert found["machine"]["name"] == "H100"
+    assert found["measured_s"] is None
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_command_draws(tmp_path, ending):
+    invoke("2x64x16x16", "--measure", "--picture", tmp_path / f"roof.{ending}")
+    written = (tmp_path / f"roof.{ending}").read_bytes()
+    assert written.startswith(b"\x89PNG" if ending == "png" else b"<?xml")
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [f"roof.{ending}"]
+
+
+def test_the_command_saves_the_machine(tmp_path):
+    invoke("2x64x16", "--machine", "A100", "--save-machine", tmp_path / "a100.json")
+    assert figures_of(tmp_path / "a100.json") == figures_of("A100")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["0x3"], "at least 1"),
+        (["ax3"], "SHAPE must be"),
+        (["4x30x5"], "num_groups"),
+        (["4x32", "--machine", "abacus"], "abacus"),
+        (["4x32", "--machine", "H200", "--measure"], "leave --machine"),
+        (["4x32", "--picture", "roof.gif"], "roof.gif"),
+        (["4x32", "--picture", "no/such/folder/roof.png"], "folder"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, said):
+    with pytest.raises(SystemExit) as stop:
+        main(["roofline", *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_answers_within_half_a_second_without_measuring():
+    code = ("import time; start = time.perf_counter(); import groupnorm as gn; "
+            "gn.roofline((1, 128, 512, 512), 32); print(time.perf_counter() - start)")  # fmt: skip
+    taken = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+                for _ in range(3))  # fmt: skip
+    assert taken < 0.5
