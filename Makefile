@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 METADATA := pyproject.toml src/groupnorm/_version.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs clean
+.PHONY: help demo test check bench docs questions clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1	\2/p' Makefile
@@ -38,6 +38,9 @@ bench: $(VENV)/.installed ## measure this machine, beside every rival installed 
 
 docs: $(VENV)/.installed ## make the tables and charts of README and docs again from results/
 	$(BIN)/groupnorm bench --report
+
+questions: $(VENV)/.installed-dev ## run the commands that docs/questions.md shows, and write what they print
+	$(BIN)/python -m groupnorm.bench.questions docs/questions.md
 
 clean: ## remove caches and build products (not .venv)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,7 +15,7 @@ from groupnorm.cli import app, main
 from groupnorm.errors import FileError
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
-COMMANDS = ["demo", "check", "bench", "info", "run"]
+COMMANDS = ["demo", "check", "bench", "info", "run", "roofline", "advise", "style", "compare"]
 
 
 def groupnorm(*arguments, cwd=None, **environment):
