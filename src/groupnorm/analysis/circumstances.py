@@ -1,4 +1,4 @@
-"""What surrounds the choice of groups: other norms at this batch size, what to take instead, and what GroupNorm costs."""
+"""What surrounds the choice of groups: other norms at this batch size, what to take instead, what GroupNorm costs."""
 
 from dataclasses import dataclass
 
@@ -74,13 +74,13 @@ def instead(channels: int, positions: int, batch: int, task: str | None) -> tupl
         said.append("M = 1 whatever the groups: every output equals bias. Use no norm here, or BatchNorm")
     elif positions == 1:
         said.append(
-            f"S = 1: a group has M = D elements, so {channels} groups give y = bias, and one group is torch.nn.LayerNorm "
-            "over the channels, the usual norm of vectors"
+            f"S = 1: a group has M = D elements, so {channels} groups give y = bias, and one group is "
+            "torch.nn.LayerNorm over the channels, the usual norm of vectors"
         )
     elif channels * positions < ENOUGH_ELEMENTS:
         said.append(
-            f"a whole sample has {channels * positions} elements, fewer than {ENOUGH_ELEMENTS}: statistics are noisy with "
-            "any number of groups. LayerNorm, or BatchNorm if the batch is large"
+            f"a whole sample has {channels * positions} elements, fewer than {ENOUGH_ELEMENTS}: statistics are noisy "
+            "with any number of groups. LayerNorm, or BatchNorm if the batch is large"
         )
     if channels == 1:
         said.append("one channel: each sample is normalized by itself, so how bright and strong it was is lost")
@@ -98,15 +98,15 @@ def instead(channels: int, positions: int, batch: int, task: str | None) -> tupl
         said.append(f"style transfer: InstanceNorm, one channel per group [{CONFIGURATIONS['style'].source}]")
     elif task == "dp-sgd":
         said.append(
-            "never BatchNorm: it mixes samples, so there is no gradient of one sample; GroupNorm, LayerNorm or InstanceNorm "
-            f"[{CONFIGURATIONS['dp-sgd'].source}]"
+            "never BatchNorm: it mixes samples, so there is no gradient of one sample; GroupNorm, LayerNorm or "
+            f"InstanceNorm [{CONFIGURATIONS['dp-sgd'].source}]"
         )
     elif task == "video":
         eight = {result.norm: result for result in VIDEO if (result.frames, result.batch) == (32, 8)}
         four = {result.norm: result for result in VIDEO if (result.frames, result.batch) == (64, 4)}
         said.append(
-            f"I3D, top-1 in percent: 8 clips of 32 frames per GPU BN {eight['BN'].top1}, GN {eight['GN'].top1}; 4 clips of "
-            f"64 frames BN {four['BN'].top1}, GN {four['GN'].top1} [{SOURCES['video']}]"
+            f"I3D, top-1 in percent: 8 clips of 32 frames per GPU BN {eight['BN'].top1}, GN {eight['GN'].top1}; 4 "
+            f"clips of 64 frames BN {four['BN'].top1}, GN {four['GN'].top1} [{SOURCES['video']}]"
         )
     elif task in {"detection", "segmentation"}:
         frozen, gn = (next(r for r in DETECTION if (r.backbone, r.norm, r.schedule) == ("R50-FPN", norm, "2x"))
@@ -114,15 +114,15 @@ def instead(channels: int, positions: int, batch: int, task: str | None) -> tupl
         which = "box AP" if task == "detection" else "mask AP"
         numbers = (frozen.box_ap, gn.box_ap) if task == "detection" else (frozen.mask_ap, gn.mask_ap)
         said.append(
-            f"Mask R-CNN R50-FPN, {which}: frozen BN {numbers[0]}, GN {numbers[1]}. A frozen BN stays where memory counts "
-            f"more [{gn.source}]"
+            f"Mask R-CNN R50-FPN, {which}: frozen BN {numbers[0]}, GN {numbers[1]}. A frozen BN stays where memory "
+            f"counts more [{gn.source}]"
         )
     if batch >= 16 and task in {None, "classification"}:
         prefix = "for plain classification, BatchNorm" if task is None else "BatchNorm"
         said.append(
-            f"{prefix} with 16 images per GPU or more: its published error is 0.5 lower (23.6 and 24.1 at 32; runs of one "
-            f"network lie within {max(REPRODUCED_ERRORS) - min(REPRODUCED_ERRORS):.1f}), and at inference it folds into the "
-            f"convolution before it and costs nothing [{SOURCES['batch']}; {SOURCES['reproduced']}]"
+            f"{prefix} with 16 images per GPU or more: its published error is 0.5 lower (23.6 and 24.1 at 32; runs of "
+            f"one network lie within {max(REPRODUCED_ERRORS) - min(REPRODUCED_ERRORS):.1f}), and at inference it folds "
+            f"into the convolution before it and costs nothing [{SOURCES['batch']}; {SOURCES['reproduced']}]"
         )
     return tuple(said)
 
@@ -134,14 +134,15 @@ def training_cost(batch: int, channels: int, positions: int, num_groups: int, it
     frozen, gn = DETECTRON_COSTS[:2]
     notes = (
         "backward of GN needs x (N*C*S numbers), mean and rstd (2*N*G); of BN x and 2*C: nearly the same",
-        "a frozen BN, as fine-tuned detectors have it, is y = A*x + B and needs no x: changing it to GN keeps x of every "
-        "layer",
-        f"{gn.network}, frozen BN to GN: memory {frozen.memory_gb} to {gn.memory_gb} GB, iteration {frozen.iteration_s} to "
-        f"{gn.iteration_s} s, inference {frozen.inference_s} to {gn.inference_s} s per image [{SOURCES['cost']}]",
+        "a frozen BN, as fine-tuned detectors have it, is y = A*x + B and needs no x: changing it to GN keeps x of "
+        "every layer",
+        f"{gn.network}, frozen BN to GN: memory {frozen.memory_gb} to {gn.memory_gb} GB, iteration "
+        f"{frozen.iteration_s} to {gn.iteration_s} s, inference {frozen.inference_s} to {gn.inference_s} s per "
+        f"image [{SOURCES['cost']}]",
         "BN at inference folds into a convolution and moves no bytes of its own; GN has to read x and write y, unless "
         "something is fused with it",
-        "in training BN must see the whole batch before it writes, so it reads x twice where x exceeds the cache; GN reads "
-        "x once where a group fits",
+        "in training BN must see the whole batch before it writes, so it reads x twice where x exceeds the cache; GN "
+        "reads x once where a group fits",
     )
     return TrainingCost(x + stat * batch * num_groups, x + stat * channels, 0, 2 * x, notes)
 

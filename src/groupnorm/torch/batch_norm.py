@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from groupnorm._core.group_counts import usual_groups
 from groupnorm.torch.module import GroupNorm
 
 __all__ = ["BATCH_NORMS", "replace_batch_norm"]
@@ -11,7 +12,6 @@ __all__ = ["BATCH_NORMS", "replace_batch_norm"]
 Module = Any
 
 BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
-_GROUPS = 32  # the number of Wu and He, where it divides the channels and leaves two of them to a group
 
 
 def replace_batch_norm(module: Module) -> None:
@@ -20,7 +20,9 @@ def replace_batch_norm(module: Module) -> None:
     weight * s * r_c and bias' = bias + weight * (u - u_c) * r_c the GroupNorm gives what the BatchNorm gave.
     """
     channels = module.num_features
-    groups = max(d for d in range(1, _GROUPS + 1) if channels % d == 0 and (channels // d > 1 or d == 1))
+    # A BatchNorm1d may stand behind a linear layer, where a group has D elements and no more: 32 groups of 64 channels
+    # would leave nothing but the sign of a difference. So its groups are chosen for one position.
+    groups = usual_groups(channels, 1 if type(module) is torch.nn.BatchNorm1d else None)
     like = module.weight if module.weight is not None else module.running_mean
     kind: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
     norm: Any = GroupNorm(groups, channels, module.eps, **kind)
