@@ -37,7 +37,7 @@ UNUSUAL_POINTS = 0.5
 DOUBLED_TIME_POINTS = 0.2
 TIME_TOLERANCE = 0.05
 # Channels last, a group that does not begin and end at 16 bytes: vectors of two groups overlap. Decides between equals.
-UNALIGNED_POINTS = 0.05
+UNALIGNED_POINTS = 0.02
 VECTOR_BYTES = 16
 
 MAX_CHANNELS = 1 << 24

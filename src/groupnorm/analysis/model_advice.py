@@ -155,7 +155,7 @@ class _Answers:
         warnings = list(self._eps_warnings(layer))
         shape = self._shape(layer)
         if shape is None:
-            advised: int | None = usual_groups(channels)
+            advised: int | None = usual_groups(channels, 1 if layer.kind == "BatchNorm1d" else None)  # as convert does
             D = channels // (layer.groups or advised or 1)
             warnings += _named(layer)
             return LayerAdvice(layer.name, layer.kind, channels, None, layer.calls, layer.groups, advised, D, None,
@@ -174,7 +174,7 @@ class _Answers:
             warnings += choice.warnings
             if layer.groups is not None and M > 1 and choice.score - best.score >= _WORSE_POINTS:
                 warnings.append(
-                    f"{groups} groups score {choice.score - best.score:.2f} points worse than {best.num_groups}"
+                    f"G = {groups} scores {choice.score - best.score:.2f} points worse than G = {best.num_groups}"
                 )
         if M > 1:
             warnings += _named(layer)
@@ -231,7 +231,7 @@ def _notes(
     if not norms:
         yield "no BatchNorm, GroupNorm or InstanceNorm in the model"
     elif bare and ran:
-        yield f"{len(bare)} convolutions give their output to no norm directly; advice is for a norm behind them"
+        yield f"convolutions whose output no norm takes: {len(bare)}; the advice is for a norm behind them"
     batch_norms = [layer for layer in norms if layer.family == "BN"]
     if batch_norms and batch is not None:
         gn, bn = norm_errors(batch)[:2]
@@ -239,7 +239,7 @@ def _notes(
                f"{norm_line(gn.error_percent)} (ResNet-50; {bn.note})")  # fmt: skip
     folded = sum(layer.after is not None for layer in batch_norms)
     if folded:
-        yield f"{folded} BatchNorm layers follow a convolution and fold into it at inference; GroupNorm cannot"
+        yield f"BatchNorm layers behind a convolution: {folded}; they fold into it at inference, GroupNorm cannot"
     if any(layer.family == "frozen BN" for layer in norms):
         yield f"a frozen BatchNorm keeps nothing for backward; GroupNorm keeps its input [{SOURCES['cost']}]"
     if eps != _USUAL_EPS:
@@ -251,4 +251,4 @@ def _notes(
     if norms:
         yield f"weight decay cannot be seen here; fine-tuning had 0 for weight and bias of norms [{SOURCES['frozen']}]"
     if plain:
-        yield f"{plain} torch.nn.LayerNorm are left alone: they normalize each position"
+        yield f"left alone, as they normalize each position: {plain} torch.nn.LayerNorm"
