@@ -136,6 +136,7 @@ def test_lazy_modules_are_read_after_the_forward():
     model = nn.Sequential(nn.LazyConv2d(16, 3), nn.LazyBatchNorm2d())
     (layer,) = advise_model(model, x_of(2, 3, 10, 10))
     assert (layer.kind, layer.channels, layer.after) == ("BatchNorm2d", 16, "0")
+    assert list(advise_model(Block(8, lambda channels: nn.LazyBatchNorm2d()))) == []
     assert [layer.kind for layer in advise_model(nn.Sequential(nn.LazyBatchNorm2d(), nn.GroupNorm(2, 8)))] == [
         "GroupNorm"
     ]
@@ -193,6 +194,16 @@ def test_the_model_is_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_a_model_draws_does_not_move_the_random_numbers():
+    class Noisy(nn.GroupNorm):
+        def forward(self, x):
+            return super().forward(x + torch.randn_like(x))
+
+    state = torch.get_rng_state()
+    advise_model(Noisy(2, 8), torch.zeros(2, 8, 4))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_also_when_it_raises():

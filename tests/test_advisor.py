@@ -189,6 +189,7 @@ def test_small_groups_are_warned_of_with_the_numbers():
     assert "M =" not in warned[4]  # 64 elements
     assert noise_points(64) == 0 < noise_points(63)
     assert noise_points(16) == pytest.approx(1.25)
+    assert noise_points(1) == 100
 
 
 def test_the_stated_noise_is_the_measured_one():
@@ -210,6 +211,11 @@ def test_one_value_per_group_is_never_recommended(channels, spatial):
     x = np.random.default_rng(0).standard_normal((8, channels))
     assert np.all(reference.group_norm(x, channels, bias=np.full(channels, 3.0))[0] == 3)
     assert any("LayerNorm" in text for text in advice.instead)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_nor_is_it_for_any_task(task):
+    assert advise(32, 1, 8, task=task).num_groups != 32
 
 
 def test_two_values_per_group_are_signs():

@@ -72,7 +72,7 @@ def find_layers(model: Module, example_inputs: Any = None) -> tuple[list[Layer],
         _run(torch, model, layers, example_inputs)
     for layer in layers.values():
         _describe(layer)
-    _mark_blocks(model, layers)
+    _mark_blocks(torch, model, layers)
     plain = sum(type(module) is torch.nn.LayerNorm for module in model.modules())
     return list(layers.values()), plain
 
@@ -109,14 +109,14 @@ def _describe(layer: Layer) -> None:
     layer.eps = float(eps) if isinstance(eps, (int, float)) else None
 
 
-def _mark_blocks(model: Module, layers: dict[str, Layer]) -> None:
+def _mark_blocks(torch: Any, model: Module, layers: dict[str, Layer]) -> None:
     for name, module in model.named_modules():
         norms = [child for key in module._modules if (child := layers.get(f"{name}.{key}" if name else key)) is not None
                  and child.family in {"BN", "GN"}]  # fmt: skip
         if len(norms) >= 2 and _BLOCK.search(type(module).__name__):
             weight = getattr(norms[-1].module, "weight", None)
             norms[-1].ends_block = True
-            if weight is not None and weight.device.type != "meta" and weight.numel():
+            if weight is not None and not torch.nn.parameter.is_lazy(weight) and weight.device.type != "meta":
                 norms[-1].zero_weight = not bool(weight.any())
 
 
