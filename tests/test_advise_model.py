@@ -283,6 +283,19 @@ def test_notes_on_models(model, shape, said):
     assert said in warnings_of(model, *shape)[1]
 
 
+def test_no_hint_where_a_convolution_is_what_is_added():
+    class PreBlock(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.conv1 = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3)
+            self.norm2, self.conv2 = nn.GroupNorm(2, 8), nn.Sequential(nn.Conv2d(8, 8, 3))
+
+    assert not any("hint" in note for note in advise_model(PreBlock()).notes)
+    projected = Block(8, nn.BatchNorm2d)
+    projected.downsample = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+    assert any("norm2 may be the last" in note for note in advise_model(projected).notes)
+
+
 def test_no_hint_where_the_last_weight_is_zero():
     block = Block(8, nn.BatchNorm2d)
     nn.init.zeros_(block.norm2.weight)

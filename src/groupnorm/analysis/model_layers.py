@@ -110,10 +110,20 @@ def _describe(layer: Layer) -> None:
 
 
 def _mark_blocks(torch: Any, model: Module, layers: dict[str, Layer]) -> None:
+    """Mark the last norm of each residual block that ends with one, as far as names and the order of children tell.
+    Where a convolution comes after the norms the block normalizes first, and the norm is not what is added.
+    """
     for name, module in model.named_modules():
-        norms = [child for key in module._modules if (child := layers.get(f"{name}.{key}" if name else key)) is not None
-                 and child.family in {"BN", "GN"}]  # fmt: skip
-        if len(norms) >= 2 and _BLOCK.search(type(module).__name__):
+        norms, ends = [], False
+        for key, child in module._modules.items():
+            layer = layers.get(f"{name}.{key}" if name else key)
+            if layer is not None and layer.family in {"BN", "GN"}:
+                norms.append(layer)
+                ends = True
+            elif child is not None:
+                inside = {_family(torch, part) for part in child.modules()}
+                ends = ends and not ("conv" in inside and not inside & {"BN", "GN"})
+        if ends and len(norms) >= 2 and _BLOCK.search(type(module).__name__):
             weight = getattr(norms[-1].module, "weight", None)
             norms[-1].ends_block = True
             if weight is not None and not torch.nn.parameter.is_lazy(weight) and weight.device.type != "meta":
