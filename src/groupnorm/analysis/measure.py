@@ -30,7 +30,7 @@ def measure_figures() -> MachineFigures:
     Takes one second on two cores and five on a hundred, and two more the first time ever (the loops are compiled), and
     three arrays of four times the L3 cache, 512 MB each at most.
     """
-    from groupnorm._engines.cpu.peaks import ISSUE, MULTIPLY, STEP
+    from groupnorm._engines.cpu.peaks import ISSUE, MULTIPLY, STEP, vector_lanes
 
     here = describe()
     threads, counts = get_num_threads(), [1]
@@ -58,7 +58,7 @@ def measure_figures() -> MachineFigures:
             )
         )
     name = f"{here.cpu}, {here.cores} cores"
-    return MachineFigures(name, "cpu", "measured here", _lanes(), _launch_s(), tuple(found))
+    return MachineFigures(name, "cpu", "measured here", vector_lanes(), _launch_s(), tuple(found))
 
 
 def _aligned(size: int) -> Array:
@@ -125,11 +125,3 @@ def _launch_s() -> float:
 
     calls(1)
     return 1 / _best(calls, 1.0)
-
-
-def _lanes() -> int:
-    """float32 lanes of this machine's vectors."""
-    import llvmlite.binding as llvm
-
-    features = llvm.get_host_cpu_features()
-    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4

@@ -8,6 +8,7 @@ a slice that fits a cache, that cache is measured.
 from functools import cache
 from typing import Any
 
+import llvmlite.binding as llvm
 import numpy as np
 
 from groupnorm._engines.cpu.compiler import compiled
@@ -16,7 +17,7 @@ from groupnorm._engines.cpu.records import ARRAYS, PLAN, call_at, plan_at
 from groupnorm._engines.cpu.simd import LANES, fma
 from groupnorm._engines.cpu.threads import MAX_WORKERS, POOL
 
-__all__ = ["COPY", "ISSUE", "MULTIPLY", "OPERATIONS", "READ", "TRIAD", "run_peak"]
+__all__ = ["COPY", "ISSUE", "MULTIPLY", "OPERATIONS", "READ", "STEP", "TRIAD", "run_peak", "vector_lanes"]
 
 READ, COPY, TRIAD, MULTIPLY, ISSUE = range(5)  # TRIAD: y = x + 3*residual
 _MULTIPLIED = 12  # accumulators: a multiply-add has to wait 4 cycles for the last one, and 2 may start in each
@@ -39,6 +40,12 @@ def run_peak(
     record["phase"], record["S"], record["per_task"] = kind, elements, passes
     arrays = {"x": x, "y": y, "residual": other}
     POOL.run(record.ctypes.data, tuple(arrays.get(name) for name in ARRAYS), stream, threads)
+
+
+def vector_lanes() -> int:
+    """float32 lanes of this machine's vectors."""
+    features = llvm.get_host_cpu_features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx2") else 4
 
 
 @cache
