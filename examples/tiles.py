@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import groupnorm.torch as gnt
-from groupnorm.bench.features import photograph
+from groupnorm.analysis.features import photograph
 from groupnorm.errors import FileError, GroupNormError, OptionError
 
 F = torch.nn.functional

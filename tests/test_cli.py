@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from groupnorm.bench import features
+from groupnorm.analysis import features
 from groupnorm.cli import app, main
 from groupnorm.errors import FileError
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from groupnorm.bench.features import channel_names
+from groupnorm.analysis.features import channel_names
 
 __all__ = ["draw"]
 

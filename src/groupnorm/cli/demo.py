@@ -25,7 +25,7 @@ def demo(
 ) -> None:
     """Normalise the feature maps of a photograph, check every value, show the times, write a picture."""
     import groupnorm as gn
-    from groupnorm.bench import features
+    from groupnorm.analysis import features
     from groupnorm.cli.console import console as new_console
 
     if not 32 <= side <= 512:

@@ -1,0 +1,74 @@
+"""The picture of `groupnorm style`: content and style, and the content after each normalisation."""
+
+from typing import BinaryIO
+
+from groupnorm.analysis.image_transfer import Study
+from groupnorm.analysis.style_distance import Distance
+from groupnorm.analysis.subbands import CHANNELS
+
+__all__ = ["draw_style", "named"]
+
+_INK, _GREY, _OURS = "#24292f", "#57606a", "#1f6feb"
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.015, 0.985, 0.76, 0.235  # of the pictures in the figure
+
+
+def named(num_groups: int) -> str:
+    """What a normalisation of the subbands with that many groups is called."""
+    kind = "instance norm" if num_groups == CHANNELS else "layer norm" if num_groups == 1 else "group norm"
+    return f"{kind}, G = {num_groups}"
+
+
+def draw_style(file: BinaryIO, study: Study, strength: float, titles: tuple[str, str]) -> None:
+    """Write the picture, a PNG, to an open file. titles: what content and style are, in a few words."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [
+        ("content", titles[0], study.content, None, study.apart),
+        ("style", titles[1], study.style, study.apart, None),
+        *((named(r.num_groups), _what(r.num_groups), r.picture, r.to_content, r.to_style) for r in study.results),
+    ]
+    with mpl.rc_context({"font.family": "DejaVu Sans", "text.color": _INK}):
+        figure = Figure(figsize=(3.35 * len(panels), 6.1), dpi=110, facecolor="white")
+        FigureCanvasAgg(figure)
+        figure.text(_LEFT, 0.94, "Style as statistics: what each normalisation exchanges", fontsize=16, weight="bold")
+        figure.text(
+            _LEFT, 0.885, f"The content is split into {CHANNELS} subbands (colour, orientation, scale). Each group of "
+            "them is normalised, takes mean and standard deviation of the same group of the style, and all are added up "
+            f"again. Strength {strength:g}.", fontsize=10, color=_GREY,
+        )  # fmt: skip
+        grid = figure.add_gridspec(1, len(panels), left=_LEFT, right=_RIGHT, top=_TOP, bottom=_BOTTOM, wspace=0.05)
+        for i, (title, line, picture, to_content, to_style) in enumerate(panels):
+            axes = figure.add_subplot(grid[i])
+            axes.imshow(picture, interpolation="lanczos")
+            axes.set_anchor("NW")
+            axes.set_axis_off()
+            left = grid[i].get_position(figure).x0
+            figure.text(left, 0.825, title, fontsize=12, weight="bold", color=_INK if i < 2 else _OURS)
+            figure.text(left, 0.785, line, fontsize=9, color=_GREY)
+            below = _distances(to_content, to_style)
+            figure.text(left, 0.075, below, fontsize=9.5, family="DejaVu Sans Mono", linespacing=1.5)
+        figure.text(
+            _LEFT, 0.025, "Distances between styles of pictures, 0 if they are the same. mean: in standard deviations of "
+            "a subband; variance: of a subband, from 0 to 2; gram: covariances of the subbands. Root mean squares over "
+            "subbands.", fontsize=9, color=_GREY,
+        )  # fmt: skip
+        figure.savefig(file, format="png", metadata={"Software": "groupnorm"})
+
+
+def _what(num_groups: int) -> str:
+    if num_groups == CHANNELS:
+        return "each subband by itself"
+    if num_groups == 1:
+        return "all subbands together"
+    return f"{CHANNELS // num_groups} neighbouring subbands together"
+
+
+def _distances(to_content: Distance | None, to_style: Distance | None) -> str:
+    """Four lines: how far a picture is from content and from style."""
+    lines = ["distance from content  style"]
+    for name in ("mean", "variance", "gram"):
+        cells = ["—" if d is None else f"{getattr(d, name):.2f}" for d in (to_content, to_style)]
+        lines.append(f"{name:13} {cells[0]:>7} {cells[1]:>6}")
+    return "\n".join(lines)
