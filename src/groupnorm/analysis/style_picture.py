@@ -35,8 +35,8 @@ def draw_style(file: BinaryIO, study: Study, strength: float, titles: tuple[str,
         figure.text(_LEFT, 0.94, "Style as statistics: what each normalisation exchanges", fontsize=16, weight="bold")
         figure.text(
             _LEFT, 0.885, f"The content is split into {CHANNELS} subbands (colour, orientation, scale). Each group of "
-            "them is normalised, takes mean and standard deviation of the same group of the style, and all are added up "
-            f"again. Strength {strength:g}.", fontsize=10, color=_GREY,
+            "them is normalised, takes mean and standard deviation of the same group of the style, and all are added "
+            f"up again. Strength {strength:g}.", fontsize=10, color=_GREY,
         )  # fmt: skip
         grid = figure.add_gridspec(1, len(panels), left=_LEFT, right=_RIGHT, top=_TOP, bottom=_BOTTOM, wspace=0.05)
         for i, (title, line, picture, to_content, to_style) in enumerate(panels):
@@ -50,9 +50,9 @@ def draw_style(file: BinaryIO, study: Study, strength: float, titles: tuple[str,
             below = _distances(to_content, to_style)
             figure.text(left, 0.075, below, fontsize=9.5, family="DejaVu Sans Mono", linespacing=1.5)
         figure.text(
-            _LEFT, 0.025, "Distances between styles of pictures, 0 if they are the same. mean: in standard deviations of "
-            "a subband; variance: of a subband, from 0 to 2; gram: covariances of the subbands. Root mean squares over "
-            "subbands.", fontsize=9, color=_GREY,
+            _LEFT, 0.025, "Distances between styles of pictures, 0 if they are the same. mean: in standard deviations "
+            "of a subband; variance: of a subband, from 0 to 2; gram: covariances of the subbands. Root mean squares "
+            "over subbands.", fontsize=9, color=_GREY,
         )  # fmt: skip
         figure.savefig(file, format="png", metadata={"Software": "groupnorm"})
 

@@ -3,8 +3,8 @@
 A picture (H, W, 3) is turned to three orthonormal colour axes, and each axis is cut by its spatial frequency: four
 octaves, each in four orientations, then three coarser octaves and what is below them, in all directions alike. No
 map is smaller than the picture, so maps are channels of one array; and the filters sum to 1 at every frequency, so the
-inverse is a sum: exact, and linear. Neighbouring channels are the four orientations of one octave on one axis, or the four
-coarse bands of one axis; so 15 groups are the filters of a scale, 3 groups are the colour axes.
+inverse is a sum: exact, and linear. Neighbouring channels are the four orientations of one octave on one axis, or the
+four coarse bands of one axis; so 15 groups are the filters of a scale, 3 groups are the colour axes.
 
 Sources: Simoncelli and Freeman 1995, The steerable pyramid, for the orientations (the windows here are the squares of
 theirs, because synthesis is a sum); Ohta, Kanade and Sakai 1980, Color information for region segmentation, for the

@@ -44,7 +44,7 @@ def style(
     console = new_console(stderr=json)
     wanted = dict.fromkeys((subbands.CHANNELS, groups, 1))
     with _pending(output) as pending, console.status("splitting both pictures, three transfers"):
-        found = image_transfer.study(*pictures, tuple(wanted), strength=strength)
+        found = image_transfer.study(pictures[0], pictures[1], tuple(wanted), strength=strength)
         _draw(pending, found, strength, titles)
     if json:
         from json import dumps
@@ -55,17 +55,16 @@ def style(
     console.print(f"wrote {output}", soft_wrap=True)
 
 
-def _pictures(content: str | None, style: str | None) -> tuple[list[Any], tuple[str, str]]:
+def _pictures(content: str | None, style: str | None) -> tuple[tuple[Any, Any], tuple[str, str]]:
     """Both pictures, checked and reduced, and what they are."""
     from groupnorm.analysis import features
     from groupnorm.analysis.pictures import read_picture, reduced, terrain
     from groupnorm.analysis.subbands import check_picture
 
     if content is None or style is None:
-        return [features.photograph(), terrain()], ("Grace Hopper, a portrait", "mountains, a lit map")
-    paths = (content, style)
-    pictures = [check_picture(reduced(read_picture(path), _LONGEST), path) for path in paths]
-    return pictures, (Path(content).name, Path(style).name)
+        return (features.photograph(), terrain()), ("Grace Hopper, a portrait", "mountains, a lit map")
+    first, second = (check_picture(reduced(read_picture(path), _LONGEST), path) for path in (content, style))
+    return (first, second), (Path(content).name, Path(style).name)
 
 
 def _pending(output: Path) -> Any:
@@ -118,7 +117,9 @@ def _document(found: Any, titles: tuple[str, str], output: str, strength: float)
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
     """NaN, "there was no difference", as null: JSON has no NaN."""
-    return {name: value if value == value else None for name, value in values.items()}
+    from math import isnan
+
+    return {name: None if isnan(value) else value for name, value in values.items()}
 
 
 def _print(found: Any, titles: tuple[str, str], strength: float, console: Any) -> None:
@@ -134,7 +135,7 @@ def _print(found: Any, titles: tuple[str, str], strength: float, console: Any) -
     table.add_column("picture", no_wrap=True)
     for of in ("style", "content"):
         for part in ("mean", "variance", "gram"):
-            table.add_column(f"from {of}:\n{part}", justify="right")
+            table.add_column(f"{of}:\n{part}", justify="right")
     table.add_column("cut off", justify="right")
     apart = [f"{getattr(found.apart, part):.3f}" for part in _PARTS[:3]]
     table.add_row("content, as it was", *apart, "", "", "", "")
