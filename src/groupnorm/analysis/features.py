@@ -17,7 +17,7 @@ import numpy as np
 
 from groupnorm.errors import FileError
 
-__all__ = ["CHANNELS", "channel_names", "crops", "feature_maps", "photograph"]
+__all__ = ["CHANNELS", "channel_names", "crops", "feature_maps", "filtered", "photograph", "stand_in"]
 
 Array = Any
 
@@ -62,15 +62,34 @@ def crops(picture: Array, side: int) -> Array:
 
 def feature_maps(picture: Array, side: int) -> Array:
     """(4, 48, side, side) float32: every filter on its colour axis of the whole picture, then the corners."""
+    maps = np.empty((4, CHANNELS, side, side), np.float32)
+    for i, whole in enumerate(_responses(picture)):
+        maps[:, i] = crops(whole, side)
+    return maps
+
+
+def filtered(picture: Array, side: int) -> Array:
+    """(N, 48, side, side) float32: the same filters, then every square of that side, row by row, without overlap.
+
+    There are N = (height // side) * (width // side) of them.
+    """
+    rows, columns = (size // side for size in picture.shape[:2])
+    maps = np.empty((rows * columns, CHANNELS, side, side), np.float32)
+    for i, whole in enumerate(_responses(picture)):
+        squares = whole[: rows * side, : columns * side].reshape(rows, side, columns, side)
+        maps[:, i] = squares.swapaxes(1, 2).reshape(-1, side, side)
+    return maps
+
+
+def _responses(picture: Array) -> Iterator[Array]:
+    """Every filter's map of the whole picture, (height, width), in the order of `channel_names`."""
     height, width, _ = picture.shape
     padded = np.pad(picture, ((_MARGIN, _MARGIN), (_MARGIN, _MARGIN), (0, 0)), "reflect")
     size = padded.shape[:2]
     spectra = {axis: np.fft.rfft2(padded @ np.array(mix, np.float32)) for axis, mix in _AXES.items()}
-    maps = np.empty((4, CHANNELS, side, side), np.float32)
-    for i, (axis, transfer) in enumerate(_bank(*size)):
+    for axis, transfer in _bank(*size):
         whole = np.fft.irfft2(spectra[axis] * transfer, size)
-        maps[:, i] = crops(whole[_MARGIN : _MARGIN + height, _MARGIN : _MARGIN + width], side)
-    return maps
+        yield whole[_MARGIN : _MARGIN + height, _MARGIN : _MARGIN + width]
 
 
 def channel_names() -> list[str]:

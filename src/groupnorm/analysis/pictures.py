@@ -27,7 +27,7 @@ def read_picture(path: str | os.PathLike[str]) -> Array:
         raise FileError(_INSTALL) from error
     try:
         with open(path, "rb") as file:  # open, not matplotlib, says what is wrong with a path
-            raw = np.asarray(image.imread(file, format=Path(path).suffix.lower().lstrip(".") or "png"))
+            raw = np.asarray(image.imread(file, format="any"))
     except Exception as error:  # each decoder has errors of its own: SyntaxError, ValueError, struct.error, ...
         if isinstance(error, OSError) and error.errno is not None:
             raise FileError(f"{os.fspath(path)}: cannot be read ({error.strerror}); give a picture file") from error

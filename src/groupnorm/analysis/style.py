@@ -166,7 +166,7 @@ def transfer(
     may be others. num_groups: None takes each channel for a group: AdaIN, eq. 8 of Huang and Belongie 2017; 1 is a
     layer norm and can only change overall level and contrast. Both standard deviations are sqrt(var + eps), so the
     content with its own style comes back unchanged. strength: 0 leaves the content, 1 is the whole transfer, between
-    them the features are mixed (their eq. 14). Gives an array like content. Raises GroupNormError. Cost: that of
+    them the features are mixed. Gives an array like content. Raises GroupNormError. Cost: that of
     `groupnorm.group_norm` for each sample.
     """
     x = np.asarray(content)

@@ -58,8 +58,8 @@ def distance(a: Style, b: Style) -> Distance:
         gram_loss      sum_ij ((F F^T/count)_a - (F F^T/count)_b)_ij^2 / (4*C^2)
         mean_std_loss  ||mean_a - mean_b|| + ||std_a - std_b||
 
-    The first is eq. 4 of Gatys, Ecker and Bethge 2016, where it has the same number of positions in both; the second a
-    term of the style loss of Huang and Belongie 2017, eq. 13. Raises ShapeError if N or C differ.
+    The first is eq. 4 of Gatys, Ecker and Bethge 2016, where both have the same number of positions; the second is the
+    style loss of Huang and Belongie 2017 for one layer. Raises ShapeError if N or C differ.
     """
     for given in (a, b):
         if not isinstance(given, Style):
