@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from groupnorm._core.problem import check_eps, check_num_groups
-from groupnorm.errors import DtypeError, ShapeError
+from groupnorm.errors import DtypeError, GroupNormError, ShapeError
 from groupnorm.numpy import group_norm
 
 __all__ = ["Identity", "Kind", "batch_norm", "beside_torch", "check_features", "identities", "kinds", "nearest_groups"]
@@ -61,8 +61,8 @@ def nearest_groups(channels: int, wanted: int = 32) -> int:
 
 
 def check_features(x: Array) -> Array:
-    """x, contiguous float32 or float64 (16-bit floats are widened); DtypeError and ShapeError for what none of the four
-    norms takes: they need samples, channels, and two positions or more.
+    """x, contiguous float32 or float64 (16-bit floats are widened). Raises DtypeError, ShapeError or GroupNormError for
+    what cannot be compared: the norms need samples, channels, two positions or more, and finite values.
     """
     x = np.asarray(x)
     if x.dtype.name not in ("float16", "bfloat16", "float32", "float64"):
@@ -70,6 +70,8 @@ def check_features(x: Array) -> Array:
     if x.ndim < 3 or 0 in x.shape or np.prod(x.shape[2:]) < 2:
         raise ShapeError(f"x must have the shape (N, C, *positions) with two positions or more: got {x.shape}; "
                          "variances of one value are 0")  # fmt: skip
+    if not np.isfinite(x).all():
+        raise GroupNormError("x must be finite: got NaN or infinity, for which no two norms can be compared")
     return np.ascontiguousarray(x, np.float64 if x.dtype == np.float64 else np.float32)
 
 

@@ -29,7 +29,7 @@ _AXES = {
     "red-blue": np.array([1, 0, -1]) / np.sqrt(2),
     "green-magenta": np.array([-1, 2, -1]) / np.sqrt(6),
 }
-_OCTAVES = 4  # of the oriented bands: from 1/4 cycle per pixel, the finest, to 1/32
+_OCTAVES = 4  # of the oriented bands: from 1/2 cycle per pixel and above down to 1/32
 _ANGLES = 4
 _COARSE = 4  # bands below: three octaves, and the rest down to the mean
 _MARGIN = 64  # pixels of reflection around the picture: products of spectra wrap around its borders
@@ -91,9 +91,9 @@ def join(maps: Array) -> Array:
 
 
 def subband_names() -> list[str]:
-    """What each channel holds, in order."""
-    bands = [f"1/{4 << k} cycle, {180 * a // _ANGLES}°" for k in range(_OCTAVES) for a in range(_ANGLES)]
-    bands += [f"1/{4 << k} cycle" for k in range(_OCTAVES, _OCTAVES + _COARSE - 1)] + ["below"]
+    """What each channel holds, in order: axis, cycles per pixel, and the direction in which it varies."""
+    bands = [f"1/{4 << k} to 1/{2 << k} cycle, {180 * a // _ANGLES}°" for k in range(_OCTAVES) for a in range(_ANGLES)]
+    bands += [f"1/{4 << k} to 1/{2 << k} cycle" for k in range(_OCTAVES, _OCTAVES + _COARSE - 1)] + ["below"]
     return [f"{axis}, {band}" for axis in _AXES for band in bands]
 
 

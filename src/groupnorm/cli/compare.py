@@ -35,7 +35,6 @@ def compare(
     """
     import numpy as np
 
-    from groupnorm._core.problem import check_num_groups
     from groupnorm.analysis import batch_noise as noises
     from groupnorm.analysis import compare as comparing
     from groupnorm.cli.console import console as new_console
@@ -47,7 +46,10 @@ def compare(
     features, what = _features(x, shape)
     features = comparing.check_features(features)
     N, C = features.shape[:2]
-    G = comparing.nearest_groups(C) if groups is None else check_num_groups(groups, C, False)
+    if groups is not None and (groups < 1 or C % groups):
+        nearest = comparing.nearest_groups(C, groups)
+        raise OptionError(f"--groups must divide the {C} channels: got {groups}; try {nearest}")
+    G = comparing.nearest_groups(C) if groups is None else groups
     with _written(output) as pending, new_console(stderr=True).status("checking, timing, drawing batches"):
         checked = features[: max(1, _CHECKED // features[0].size)]
         timed = features if x or shape else features[:_TIMED]

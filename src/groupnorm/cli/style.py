@@ -31,11 +31,12 @@ def style(
 
     Without files: a portrait and a map of mountains that matplotlib ships.
     """
-    from groupnorm._core.problem import check_num_groups
     from groupnorm.analysis import image_transfer, subbands
     from groupnorm.cli.console import console as new_console
 
-    check_num_groups(groups, subbands.CHANNELS, False)
+    if groups < 1 or subbands.CHANNELS % groups:
+        raise OptionError(f"--groups must divide the {subbands.CHANNELS} subbands: got {groups}; "
+                          "15 are the filters of each scale, 3 the colour axes")  # fmt: skip
     if not 0 <= strength <= 1:
         raise OptionError(f"--strength must be between 0 (content) and 1 (style): got {strength}")
     if (content is None) != (style is None):
