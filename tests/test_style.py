@@ -314,7 +314,9 @@ def test_join_takes_only_subbands():
 def test_a_picture_in_its_own_style_is_itself():
     picture = photo()
     for groups in (60, 15, 1):
-        np.testing.assert_allclose(image_transfer.transfer_image(picture, picture, num_groups=groups), picture, atol=1e-4)
+        np.testing.assert_allclose(
+            image_transfer.transfer_image(picture, picture, num_groups=groups), picture, atol=1e-4
+        )
     np.testing.assert_allclose(image_transfer.transfer_image(picture, photo(seed=1), strength=0), picture, atol=2e-6)
 
 

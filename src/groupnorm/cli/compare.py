@@ -50,6 +50,8 @@ def compare(
         nearest = comparing.nearest_groups(C, groups)
         raise OptionError(f"--groups must divide the {C} channels: got {groups}; try {nearest}")
     G = comparing.nearest_groups(C) if groups is None else groups
+    if output is not None and N < 2:
+        raise OptionError("--output draws noise against batch size, which one sample has not: give two or more")
     with _written(output) as pending, new_console(stderr=True).status("checking, timing, drawing batches"):
         checked = features[: max(1, _CHECKED // features[0].size)]
         timed = features if x or shape else features[:_TIMED]
@@ -173,8 +175,6 @@ def _draw(pending: Any, found: dict[str, Any]) -> None:
     from groupnorm.analysis.noise_picture import draw_noise
     from groupnorm.files.atomic import commit
 
-    if not found["noise"]:
-        raise OptionError("--output draws noise against batch size, which one sample has not: give two or more")
     try:
         with pending.writing():
             draw_noise(pending.file, found["noise"], SOURCE, found["features"])
