@@ -68,6 +68,17 @@ def test_long_samples_are_done_in_pieces(monkeypatch):
     np.testing.assert_allclose(style(x).mean, wide.mean(2), rtol=1e-13)
 
 
+def test_a_rough_first_mean_is_made_up_for(monkeypatch):
+    def rough(x, groups, *, layout):
+        m = gn.moments(x, groups, layout=layout)
+        return gn.Moments(m.count, m.mean + 0.1, m.m2)
+
+    monkeypatch.setattr("groupnorm.analysis.style.moments", rough)
+    x = maps((2, 4, 50))
+    np.testing.assert_allclose(style(x).mean, x.mean(2), rtol=1e-11)
+    np.testing.assert_allclose(style(x).var, x.var(2), rtol=1e-11)
+
+
 @pytest.mark.parametrize("shift", [0, 1000])
 def test_styles_of_tiles_merge_to_that_of_the_whole(shift):
     x = maps((2, 6, 9, 11), shift=shift)

@@ -10,8 +10,12 @@ __all__ = ["draw_noise"]
 _OURS, _OTHERS, _INK, _GREY = "#1f6feb", "#d97706", "#24292f", "#57606a"
 
 
-def draw_noise(file: BinaryIO, noise: Sequence[Noise], source: str, what: str) -> None:
-    """Write the plot, a PNG, to an open file. source: of the published errors; what: the samples, in a few words."""
+def draw_noise(file: BinaryIO, noise: Sequence[Noise], group_dependence: float, source: str, what: str) -> None:
+    """Write the plot, a PNG, to an open file.
+
+    group_dependence: as batch_noise.group_dependence gives it. source: of the published errors; what: the samples, in a
+    few words.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -28,7 +32,14 @@ def draw_noise(file: BinaryIO, noise: Sequence[Noise], source: str, what: str) -
         left.plot(sizes, [n.output for n in noise], "s-", color="#e0a458", label="batch norm: normalised values")
         left.plot(sizes, [n.mean for n in noise], "o-", color=_OTHERS, label="batch norm: mean, in standard deviations")
         left.plot(sizes, [n.mean_by_law for n in noise], ":", color=_INK, zorder=3, label="1/√n")
-        left.plot(sizes, [0.0] * len(sizes), "o-", color=_OURS, label="group norm: 0 for any batch", clip_on=False)
+        left.plot(
+            sizes,
+            [group_dependence] * len(sizes),
+            "o-",
+            color=_OURS,
+            label=f"group norm: {group_dependence:g} for any batch",
+            clip_on=False,
+        )
         left.set_title("noise of the statistics of a batch", loc="left")
         left.set_ylabel("root mean square error against all samples")
         left.set_ylim(bottom=0)

@@ -9,7 +9,17 @@ from groupnorm.analysis.subbands import CHANNELS
 __all__ = ["draw_style", "named"]
 
 _INK, _GREY, _OURS = "#24292f", "#57606a", "#1f6feb"
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.015, 0.985, 0.76, 0.235  # of the pictures in the figure
+_LEFT, _RIGHT = 0.015, 0.985  # of the pictures, as fractions of the figure's width
+_PANEL, _ABOVE, _BELOW = 3.35, 1.46, 1.43  # inches: width of a panel; what stands above and below the pictures
+_HOW = (
+    "The content is split into {} subbands (colour, orientation, scale). Each group of them is normalised, takes mean and "
+    "standard deviation of the same group of the style, and all are added up again. Strength {:g}."
+)
+_DISTANCES = (
+    "Distances between styles of pictures, 0 if they are the same. mean: in standard deviations of a subband; variance: "
+    "of a subband, from 0 to 2; gram: covariances of the subbands. Root mean squares over subbands."
+)
+_TALLEST = 1.3  # height of the pictures' room over its width, at most
 
 
 def named(num_groups: int) -> str:
@@ -30,30 +40,32 @@ def draw_style(file: BinaryIO, study: Study, strength: float, titles: tuple[str,
         *((named(r.num_groups), _what(r.num_groups), r.picture, r.to_content, r.to_style) for r in study.results),
     ]
     with mpl.rc_context({"font.family": "DejaVu Sans", "text.color": _INK}):
-        figure = Figure(figsize=(3.35 * len(panels), 6.1), dpi=110, facecolor="white")
+        tallest = max(float(picture.shape[0] / picture.shape[1]) for _, _, picture, _, _ in panels)
+        height = _ABOVE + _BELOW + 0.95 * _PANEL * min(tallest, _TALLEST)
+
+        def down(inches: float) -> float:
+            return 1 - inches / height
+
+        figure = Figure(figsize=(_PANEL * len(panels), height), dpi=110, facecolor="white")
         FigureCanvasAgg(figure)
-        figure.text(_LEFT, 0.94, "Style as statistics: what each normalisation exchanges", fontsize=16, weight="bold")
         figure.text(
-            _LEFT, 0.885, f"The content is split into {CHANNELS} subbands (colour, orientation, scale). Each group of "
-            "them is normalised, takes mean and standard deviation of the same group of the style, and all are added "
-            f"up again. Strength {strength:g}.", fontsize=10, color=_GREY,
-        )  # fmt: skip
-        grid = figure.add_gridspec(1, len(panels), left=_LEFT, right=_RIGHT, top=_TOP, bottom=_BOTTOM, wspace=0.05)
+            _LEFT, down(0.37), "Style as statistics: what each normalisation exchanges", fontsize=16, weight="bold"
+        )
+        figure.text(_LEFT, down(0.7), _HOW.format(CHANNELS, strength), fontsize=10, color=_GREY)
+        grid = figure.add_gridspec(
+            1, len(panels), left=_LEFT, right=_RIGHT, top=down(_ABOVE), bottom=_BELOW / height, wspace=0.05
+        )
         for i, (title, line, picture, to_content, to_style) in enumerate(panels):
             axes = figure.add_subplot(grid[i])
             axes.imshow(picture, interpolation="lanczos")
             axes.set_anchor("NW")
             axes.set_axis_off()
             left = grid[i].get_position(figure).x0
-            figure.text(left, 0.825, title, fontsize=12, weight="bold", color=_INK if i < 2 else _OURS)
-            figure.text(left, 0.785, line, fontsize=9, color=_GREY)
+            figure.text(left, down(1.07), title, fontsize=12, weight="bold", color=_INK if i < 2 else _OURS)
+            figure.text(left, down(1.31), line, fontsize=9, color=_GREY)
             below = _distances(to_content, to_style)
-            figure.text(left, 0.075, below, fontsize=9.5, family="DejaVu Sans Mono", linespacing=1.5)
-        figure.text(
-            _LEFT, 0.025, "Distances between styles of pictures, 0 if they are the same. mean: in standard deviations "
-            "of a subband; variance: of a subband, from 0 to 2; gram: covariances of the subbands. Root mean squares "
-            "over subbands.", fontsize=9, color=_GREY,
-        )  # fmt: skip
+            figure.text(left, 0.46 / height, below, fontsize=9.5, family="DejaVu Sans Mono", linespacing=1.5)
+        figure.text(_LEFT, 0.15 / height, _DISTANCES, fontsize=9, color=_GREY)
         figure.savefig(file, format="png", metadata={"Software": "groupnorm"})
 
 

@@ -177,7 +177,7 @@ def _draw(pending: Any, found: dict[str, Any]) -> None:
 
     try:
         with pending.writing():
-            draw_noise(pending.file, found["noise"], SOURCE, found["features"])
+            draw_noise(pending.file, found["noise"], found["group_dependence"], SOURCE, found["features"])
     except ImportError as error:
         raise FileError("--output needs matplotlib, which is not installed: pip install 'groupnorm[plots]'") from error
     commit([pending])
