@@ -418,6 +418,14 @@ def test_command_with_one_picture_twice(tmp_path):
     assert json.loads(result.stdout)["kept"]["15"]["mean"] is None
 
 
+def test_command_with_flat_pictures_is_still_json(tmp_path):
+    content, other = (save(tmp_path / f"{v}.png", np.full((40, 40, 3), v)) for v in (0.0, 1.0))
+    result = CliRunner().invoke(app, ["style", content, other, "--json", "-o", str(tmp_path / "c.png")])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found["apart"]["mean_std_loss"] == pytest.approx(np.sqrt(3), rel=1e-3)  # black and white, on the grey axis
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -12,12 +12,12 @@ _INK, _GREY, _OURS = "#24292f", "#57606a", "#1f6feb"
 _LEFT, _RIGHT = 0.015, 0.985  # of the pictures, as fractions of the figure's width
 _PANEL, _ABOVE, _BELOW = 3.35, 1.46, 1.43  # inches: width of a panel; what stands above and below the pictures
 _HOW = (
-    "The content is split into {} subbands (colour, orientation, scale). Each group of them is normalised, takes mean and "
-    "standard deviation of the same group of the style, and all are added up again. Strength {:g}."
+    "The content is split into {} subbands (colour, orientation, scale). Each group of them is normalised, takes mean "
+    "and standard deviation of the same group of the style, and all are added up again. Strength {:g}."
 )
 _DISTANCES = (
-    "Distances between styles of pictures, 0 if they are the same. mean: in standard deviations of a subband; variance: "
-    "of a subband, from 0 to 2; gram: covariances of the subbands. Root mean squares over subbands."
+    "Distances between styles of pictures, 0 if they are the same. mean: in standard deviations of a subband; "
+    "variance: of a subband, from 0 to 2; gram: covariances of the subbands. Root mean squares over subbands."
 )
 _TALLEST = 1.3  # height of the pictures' room over its width, at most
 

@@ -105,9 +105,9 @@ def _document(found: Any, titles: tuple[str, str], output: str, strength: float)
         "style": {"name": titles[1], "size": sizes["style"]},
         "strength": strength,
         "picture": output,
-        "apart": asdict(found.apart),
+        "apart": _finite(asdict(found.apart)),
         "results": [
-            {"num_groups": r.num_groups, "to_style": asdict(r.to_style), "to_content": asdict(r.to_content),
+            {"num_groups": r.num_groups, "to_style": _finite(asdict(r.to_style)), "to_content": _finite(asdict(r.to_content)),
              "clipped": r.clipped} for r in found.results
         ],
         "kept": {str(n): _finite(asdict(k)) for n, k in found.kept.items()} | {
@@ -117,10 +117,10 @@ def _document(found: Any, titles: tuple[str, str], output: str, strength: float)
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """NaN, "there was no difference", as null: JSON has no NaN."""
-    from math import isnan
+    """NaN (there was no difference) and infinity (between constants) as null: JSON has neither."""
+    from math import isfinite
 
-    return {name: None if isnan(value) else value for name, value in values.items()}
+    return {name: value if isfinite(value) else None for name, value in values.items()}
 
 
 def _print(found: Any, titles: tuple[str, str], strength: float, console: Any) -> None:
