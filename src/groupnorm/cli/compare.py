@@ -209,7 +209,7 @@ def _print(found: dict[str, Any], console: Any) -> None:
 
     shape = "x".join(map(str, found["shape"]))
     console.print(f"x: {found['features']}, {shape}", soft_wrap=True)
-    made = table(f"What each one is on {found['checked_samples']} samples; difference: root mean square, from group norm",
+    made = table(f"What each is, on {found['checked_samples']} samples; difference: root mean square, from group norm",
                  "norm", "mean and variance over", "pairs", "needs the batch", "difference")  # fmt: skip
     for kind in found["kinds"]:
         made.add_row(kind.name, kind.over, str(kind.statistics), "yes" if kind.uses_batch else "no",

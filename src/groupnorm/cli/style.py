@@ -107,8 +107,8 @@ def _document(found: Any, titles: tuple[str, str], output: str, strength: float)
         "picture": output,
         "apart": _finite(asdict(found.apart)),
         "results": [
-            {"num_groups": r.num_groups, "to_style": _finite(asdict(r.to_style)), "to_content": _finite(asdict(r.to_content)),
-             "clipped": r.clipped} for r in found.results
+            {"num_groups": r.num_groups, "clipped": r.clipped, "to_style": _finite(asdict(r.to_style)),
+             "to_content": _finite(asdict(r.to_content))} for r in found.results
         ],
         "kept": {str(n): _finite(asdict(k)) for n, k in found.kept.items()} | {
             "batch norm": _finite(asdict(found.kept_by_batch_norm))
