@@ -1,0 +1,117 @@
+"""Nets in files: binary .pb, and protobuf's text in .pbtxt and .prototxt."""
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from groupnorm.caffe2.proto import as_message, message_class, protobuf
+from groupnorm.errors import FileError
+
+__all__ = ["load_net", "save_net"]
+
+_TEXT = (".pbtxt", ".prototxt")
+
+
+def load_net(path: str | os.PathLike[str]) -> Any:
+    """The NetDef in a file: protobuf's text format if the name ends in .pbtxt or .prototxt, otherwise binary.
+
+    Fields that this package does not know are kept in a binary file's message and written again by `save_net`.
+    Raises FileError for a file that is not there, is not readable, or does not hold a NetDef; for text with its line.
+    """
+    name = os.fspath(path)
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FileError(f"{name}: cannot be read ({reason}); check the name and the permissions") from error
+    if not data:
+        raise FileError(f"{name}: is empty, expected a NetDef; write it again with save_net, or with Caffe2")
+    net = _parse_text(name, data) if _is_text(name) else _parse_binary(name, data)
+    try:
+        reason = _why_no_net(net)
+    except UnicodeDecodeError:
+        reason = "a name in it is no UTF-8 text"
+    if reason is not None:
+        raise FileError(f"{name}: is not a NetDef ({reason}); pass the file of a net, as Caffe2 writes predict_net.pb")
+    return net
+
+
+def save_net(net: Any, path: str | os.PathLike[str]) -> None:
+    """Write a NetDef: as text if the name ends in .pbtxt or .prototxt, otherwise binary. The file appears whole or not
+    at all.
+
+    Raises FileError where it cannot be written, or would not be read again: an empty net, an operator without a type,
+    and, as text, a net with fields that this package does not know, since text has no room for them.
+    """
+    net, name = as_message("NetDef", net), os.fspath(path)
+    reason = _why_no_net(net)
+    if reason is not None:
+        raise FileError(f"{name}: would not be a net ({reason}); complete the NetDef")
+    if _is_text(name):
+        known = type(net)()
+        known.CopyFrom(net)
+        known.DiscardUnknownFields()
+        if known.ByteSize() != net.ByteSize():
+            raise FileError(f"{name}: the net has fields that this package does not know, and text would lose them; "
+                            "write a .pb file")  # fmt: skip
+        data = protobuf("text_format").MessageToString(net).encode()
+    else:
+        data = net.SerializeToString()
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.groupnorm-partial")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise FileError(f"{name}: cannot be written ({error.strerror or error}); nothing was changed; check the folder "
+                        "and its permissions, or write elsewhere") from error  # fmt: skip
+    finally:
+        with contextlib.suppress(OSError):  # it is gone where all went well
+            os.unlink(temporary)
+
+
+def _is_text(name: str) -> bool:
+    return os.fsdecode(name).lower().endswith(_TEXT)
+
+
+def _parse_text(name: str, data: bytes) -> Any:
+    text_format = protobuf("text_format")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FileError(
+            f"{name}: line {line} is not UTF-8 text; if the file is binary, let its name end in .pb"
+        ) from error
+    try:
+        return text_format.Parse(text, message_class("NetDef")())
+    except text_format.ParseError as error:
+        line = error.GetLine()
+        place = "" if line is None else f"line {line}: "
+        reason = " ".join(str(error).split()).removeprefix(f"{line}:{error.GetColumn()} : ")
+        raise FileError(f"{name}: {place}cannot be read as the text of a NetDef ({reason})") from error
+
+
+def _parse_binary(name: str, data: bytes) -> Any:
+    try:
+        return message_class("NetDef").FromString(data)
+    except protobuf("message").DecodeError as error:
+        raise FileError(f"{name}: cannot be read as a binary NetDef: it is cut short, or something else; if it is "
+                        "text, let its name end in .pbtxt") from error  # fmt: skip
+
+
+def _why_no_net(net: Any) -> str | None:
+    """Why the message cannot be a net, though its bytes could be read as one; None if it can. Most messages of other
+    types can be read so, with all they hold as unknown fields or in fields of another meaning.
+    """
+    if not net.ListFields():
+        return "no field of a NetDef is in it"
+    for index, op in enumerate(net.op):
+        if not (op.type and op.type.isprintable()):
+            return f"operator {index} has no type"
+    return None if net.op or net.name or net.external_input else "neither a name nor an operator is in it"
