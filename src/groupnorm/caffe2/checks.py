@@ -40,7 +40,7 @@ def check_epsilon(epsilon: Any) -> float:
 
 
 def check_order(order: Any) -> str:
-    """ "NCHW" or "NHWC"; Caffe2 knows the two in lower case as well. OptionError for anything else."""
+    """order as "NCHW" or "NHWC"; Caffe2 knows both in lower case as well. OptionError for anything else."""
     if order in ("NCHW", "nchw", "NHWC", "nhwc"):
         return str(order).upper()
     raise OptionError(f'order must be "NCHW" or "NHWC": got {order!r}; "NCHW" has channels on axis 1, "NHWC" last')

@@ -1,8 +1,8 @@
 """The sums and coefficients that Caffe2's operator forms inside, by its formulae, in NumPy.
 
 They are here to be compared with, and for code that was written around them; the operators do not use them. ds is a sum
-over raw X, and dgamma is the difference ds - db*mu: where |mean|/std of X is large, both terms are that much larger than
-what remains, and so many digits are lost. The operators go through the engine, which works on X - mu.
+over raw X, and dgamma is the difference ds - db*mu: where |mean|/std of X is large, both terms are that much larger
+than what remains, and so many digits are lost. The operators go through the engine, which works on X - mu.
 
 float32 or float64, all arrays of a call of one type; sums are made in float64 and rounded once, to that type.
 """

@@ -54,7 +54,7 @@ def group_norm_backward_nchw(
     """dX, dgamma and dbeta for channels on axis 1, from dY, the gradient of Y, and forward's mu and rsig.
 
     dgamma and dbeta have the shapes of gamma and beta. beta is used for its shape only. mu and rsig carry no gradient
-    themselves. Computed on centred data, not from the sums of dY*X that Caffe2 forms (see `compute_internal_gradients`).
+    themselves. Computed on centred data, not from the sums of dY*X that Caffe2 forms (`compute_internal_gradients`).
     Cost: X and dY are read once and dX written once where a group fits in cache. Source: equations (9) to (14) of
     `groupnorm.reference`.
     """

@@ -48,13 +48,9 @@ def add_gradient_operators(net: Any, outputs: Mapping[str, str | None] | Iterabl
     contributions: dict[str, list[_Contribution]] = {}
     gradients: dict[str, str] = {}
     for blob, gradient in given.items():
-        made = None
-        if gradient is None:
-            gradient = f"{blob}_autogen_grad"
-            made = create_operator("ConstantFill", [blob], [gradient], value=1.0)
-            made = _append(new, made)
-        gradients[blob] = gradient
-        contributions[blob] = [_Contribution(made, 0, gradient)]
+        gradients[blob] = name = gradient or f"{blob}_autogen_grad"
+        made = None if gradient else _append(new, create_operator("ConstantFill", [blob], [name], value=1.0))
+        contributions[blob] = [_Contribution(made, 0, name)]
     first_reader = {blob: index for index, op in reversed(list(enumerate(net.op))) for blob in op.input}
     for index, op in reversed(list(enumerate(net.op))):
         if any(blob in gradients for blob in op.output[1:]):
@@ -72,7 +68,7 @@ def add_gradient_operators(net: Any, outputs: Mapping[str, str | None] | Iterabl
         for blob in dict.fromkeys(op.input):
             if first_reader[blob] == index and len(contributions.get(blob, ())) > 1:
                 gradients[blob] = _add_sum(new, contributions[blob])
-    _check_names(net, new, gradients)
+    _check_names(net, new, given)
     if net.external_input:
         declared = {*net.external_input, *(blob for op in net.op for blob in op.output)}
         new.external_input.extend(dict.fromkeys(g for g in given.values() if g is not None and g not in declared))
@@ -163,9 +159,10 @@ def _check_net(net: Any, given: Mapping[str, str | None]) -> None:
                                  f"{', '.join(sorted(known)) or 'none'}")  # fmt: skip
 
 
-def _check_names(net: Any, new: Any, gradients: Mapping[str, str]) -> None:
+def _check_names(net: Any, new: Any, given: Mapping[str, str | None]) -> None:
+    """No gradient overwrites a blob of the net, or a gradient that was given for something else."""
     old = {blob for op in net.op for blob in (*op.input, *op.output)}
     for op in new.op[len(net.op) :]:
         for blob in op.output:
-            if blob in old:
-                raise OptionError(f"the gradient {blob!r} would overwrite a blob of the net; rename that blob")
+            if blob in old or (op.type != "Sum" and blob in given.values()):
+                raise OptionError(f"the gradient {blob!r} would overwrite a blob of that name; rename that blob")

@@ -24,8 +24,9 @@ def load_net(path: str | os.PathLike[str]) -> Any:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise FileError(f"{name}: cannot be read ({reason}); check the name and the permissions") from error
+        raise FileError(
+            f"{name}: cannot be read ({error.strerror or error}); check the name and the permissions"
+        ) from error
     if not data:
         raise FileError(f"{name}: is empty, expected a NetDef; write it again with save_net, or with Caffe2")
     net = _parse_text(name, data) if _is_text(name) else _parse_binary(name, data)
