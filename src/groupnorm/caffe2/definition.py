@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from groupnorm.caffe2.operators import GroupNormGradientOp, GroupNormOp
@@ -18,6 +19,11 @@ __all__ = [
     "operator_from_definition",
 ]
 
+_HELD: dict[str, tuple[Any, Any]] = {  # field of an Argument -> what it takes, and how that becomes its value
+    "i": (Integral, int),
+    "f": (Real, float),
+    "s": (str | bytes, lambda text: text.encode() if isinstance(text, str) else text),
+}
 _KINDS = {"i": "an int", "f": "a float", "s": "a string"}  # fields of an Argument that hold one value
 _LISTS = {"ints": "a list of ints", "floats": "a list of floats", "strings": "a list of strings"}
 _OUTPUTS = {"GroupNorm": "1 (Y) or 3 (Y, mean, inv_std)", "GroupNormGradient": "3 (dX, dgamma, dbeta)"}
@@ -31,20 +37,20 @@ class IgnoredArgumentWarning(UserWarning):
 def create_operator(
     type: str, inputs: Sequence[str], outputs: Sequence[str], *, name: str = "", **arguments: Any
 ) -> Any:
-    """An OperatorDef of the type, between blobs of these names, with these arguments.
+    """An OperatorDef of the type, between blobs of these names (a string is one name), with these arguments.
 
     An argument may be an int or bool, a float, a str or bytes, or a list of these. Raises DtypeError for anything else.
     Source: the convention of Caffe2's core.CreateOperator.
     """
+    inputs, outputs = ([names] if isinstance(names, str) else list(names) for names in (inputs, outputs))
     op = message_class("OperatorDef")(type=type, name=name, input=inputs, output=outputs)
     for key, value in arguments.items():
         values = list(value) if isinstance(value, list | tuple) else [value]
-        kind = next((k for t, k in ((int, "i"), (float, "f"), (str, "s"), (bytes, "s")) if
-                     all(isinstance(v, t) for v in values)), None)  # fmt: skip
+        kind = next((k for k, (types, _) in _HELD.items() if all(isinstance(v, types) for v in values)), None)
         if kind is None:
             raise DtypeError(f"argument {key} must be an int, a float, a string or a list of one of them: "
                              f"got {value!r}")  # fmt: skip
-        values = [v.encode() if isinstance(v, str) else v for v in values]
+        values = [_HELD[kind][1](v) for v in values]
         held = op.arg.add(name=key)
         if isinstance(value, list | tuple):
             getattr(held, {"i": "ints", "f": "floats", "s": "strings"}[kind]).extend(values)

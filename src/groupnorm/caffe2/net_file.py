@@ -30,10 +30,7 @@ def load_net(path: str | os.PathLike[str]) -> Any:
     if not data:
         raise FileError(f"{name}: is empty, expected a NetDef; write it again with save_net, or with Caffe2")
     net = _parse_text(name, data) if _is_text(name) else _parse_binary(name, data)
-    try:
-        reason = _why_no_net(net)
-    except UnicodeDecodeError:
-        reason = "a name in it is no UTF-8 text"
+    reason = _why_no_net(net)
     if reason is not None:
         raise FileError(f"{name}: is not a NetDef ({reason}); pass the file of a net, as Caffe2 writes predict_net.pb")
     return net
@@ -101,7 +98,7 @@ def _parse_text(name: str, data: bytes) -> Any:
 def _parse_binary(name: str, data: bytes) -> Any:
     try:
         return message_class("NetDef").FromString(data)
-    except protobuf("message").DecodeError as error:
+    except (protobuf("message").DecodeError, UnicodeDecodeError) as error:
         raise FileError(f"{name}: cannot be read as a binary NetDef: it is cut short, or something else; if it is "
                         "text, let its name end in .pbtxt") from error  # fmt: skip
 
@@ -113,6 +110,9 @@ def _why_no_net(net: Any) -> str | None:
     if not net.ListFields():
         return "no field of a NetDef is in it"
     for index, op in enumerate(net.op):
-        if not (op.type and op.type.isprintable()):
+        if not op.type:
             return f"operator {index} has no type"
+        names = (op.type, op.name, *op.input, *op.output, *(held.name for held in op.arg))
+        if not all(isinstance(name, str) for name in names):  # protobuf gives bytes that are no UTF-8 as bytes
+            return f"a name in operator {index} is not UTF-8 text"
     return None if net.op or net.name or net.external_input else "neither a name nor an operator is in it"
