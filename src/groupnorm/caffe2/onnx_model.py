@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,11 @@ def _add(graph: _Graph, op: Any, operator: GroupNormOp, needed: set[str]) -> Non
     C = dims[1 if operator.order == "NCHW" else rank - 1]
     if isinstance(C, int) and C % operator.group:
         raise ShapeError(f"group must divide the channels: got group = {operator.group} and {C} channels of {X!r}")
+    for blob in (gamma, beta):
+        sizes = [size for size in graph.dims[blob] if isinstance(size, int)]
+        if isinstance(C, int) and len(sizes) == len(graph.dims[blob]) and prod(sizes) != C:
+            raise ShapeError(f"{blob!r} must have one element for each of the {C} channels of {X!r}: got the shape "
+                             f"{graph.dims[blob]}")  # fmt: skip
     channels_last = operator.order == "NHWC" and rank > 2  # at rank 2 both orders are the same
     x = X
     if channels_last:
