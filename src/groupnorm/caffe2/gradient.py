@@ -23,7 +23,10 @@ def get_group_norm_gradient(op_def: Any) -> Any:
     """
     op = as_message("OperatorDef", op_def)
     with naming(op):
-        _check_differentiable(op)
+        if op.type != "GroupNorm":
+            raise OptionError("the operator must be GroupNorm: gradients are made for it alone")
+        operator_from_definition(op)
+        _check_outputs(op)
     return _gradient_of(op, _gradient_name(op.output[0]))
 
 
@@ -60,7 +63,7 @@ def add_gradient_operators(net: Any, outputs: Mapping[str, str | None] | Iterabl
                                   "only")  # fmt: skip
         if op.output[0] in gradients:
             with naming(op, index):
-                _check_differentiable(op)
+                _check_outputs(op)
             made = _append(new, _gradient_of(op, gradients[op.output[0]]))
             for place, blob in enumerate(op.input):
                 contributions.setdefault(blob, []).append(_Contribution(made, place, made.output[place]))
@@ -136,12 +139,7 @@ def _given(outputs: Mapping[str, str | None] | Iterable[str]) -> dict[str, str |
     return given
 
 
-def _check_differentiable(op: Any) -> None:
-    if op.type != "GroupNorm":
-        raise OptionError(
-            f"the operator must be GroupNorm: got {op.type or 'no type'}; gradients are made for it alone"
-        )
-    operator_from_definition(op)
+def _check_outputs(op: Any) -> None:
     if len(op.output) != 3:
         raise OptionError("the gradient needs mean and inv_std, which the operator does not give: got 1 output, "
                           "expected 3 (Y, mean, inv_std); add the two outputs, with is_test=0")  # fmt: skip
