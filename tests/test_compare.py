@@ -270,7 +270,7 @@ def test_command_tells_what_is_broken(monkeypatch):
         (["integers.npy"], "int64"),
         (["one.npy", "--output", "x.png"], "two or more"),
         (["one.npy", "--shape", "2,3,4"], "not both"),
-        (["--shape", "2"], "8,64,56,56"),
+        (["--shape", "2"], "2x320x64x64"),
         (["--shape", "2,3"], "positions"),
         (["--shape", "99999999,99999999"], "too large"),
         (["--shape", "4,6,5", "--groups", "4"], "must divide the 6 channels: got 4; try 3"),

@@ -1,10 +1,10 @@
 """The command `groupnorm advise`: how many groups, for a layer or for a whole model."""
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from groupnorm.cli.shapes import sizes_of
 from groupnorm.errors import OptionError
 
 if TYPE_CHECKING:
@@ -65,15 +65,15 @@ def advise(
 
     assert channels is not None
     advice = advise_layer(
-        channels, _sizes(spatial), 2 if batch is None else batch, task=task, dtype=dtype, layout=layout, machine=machine
+        channels,
+        sizes_of(spatial, "--spatial", axes=1),
+        2 if batch is None else batch,
+        task=task,
+        dtype=dtype,
+        layout=layout,
+        machine=machine,
     )
     _print_json(advice) if json else _print_layer(advice)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    if re.fullmatch(r"\d+([x,]\d+)*", text) is None:
-        raise OptionError(f"--spatial must be numbers with x between them, such as 64x64: got {text!r}")
-    return tuple(int(size) for size in re.split("[x,]", text))
 
 
 def _print_json(found: "Advice | ModelAdvice") -> None:

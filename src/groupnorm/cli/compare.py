@@ -1,11 +1,11 @@
 """`groupnorm compare`: group norm beside instance, layer and batch norm: identities, differences, times, noise."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from groupnorm.cli.shapes import sizes_of
 from groupnorm.errors import FileError, OptionError
 
 __all__ = ["EXAMPLE", "compare"]
@@ -92,9 +92,7 @@ def _features(path: str | None, shape: str | None) -> tuple[Any, str]:
         except FileError:
             picture, name = filters.stand_in(), "a synthetic picture (matplotlib, which has a photograph, is missing)"
         return filters.filtered(picture, _SIDE), f"{filters.CHANNELS} filters on crops of {name}"
-    if re.fullmatch(r"\d+([x,]\d+)+", shape) is None:
-        raise OptionError(f"--shape must be numbers with commas between them, such as 8,64,56,56: got {shape!r}")
-    sizes = [int(size) for size in re.split("[x,]", shape)]
+    sizes = sizes_of(shape, "--shape")
     count = 1
     for size in sizes:
         count *= size
