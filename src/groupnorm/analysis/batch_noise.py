@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from groupnorm.analysis.published import ERROR_BY_BATCH, ERROR_BY_NORM, SOURCES
 from groupnorm.errors import OptionError, ShapeError
 from groupnorm.numpy import moments
 
@@ -21,15 +22,10 @@ Array = Any
 _EPS = 1e-5  # of the variance of all samples
 SIZES = (1, 2, 4, 8, 16, 32)
 
-# Validation error in percent, ResNet-50 on ImageNet, for 32 to 2 images on each of 8 GPUs.
-PUBLISHED = {
-    "batch norm": {32: 23.6, 16: 23.7, 8: 24.8, 4: 27.3, 2: 34.7},
-    "group norm, G = 32": {32: 24.1, 16: 24.2, 8: 24.0, 4: 24.2, 2: 24.1},
-}
-PUBLISHED_NORMS = {"batch norm": 23.6, "group norm, G = 32": 24.1, "layer norm": 25.3, "instance norm": 28.4}  # at 32
-SOURCE = (
-    "Wu and He, Group Normalization, ECCV 2018, arXiv 1803.08494: ResNet-50, ImageNet validation error in %, 8 GPUs"
-)
+_TITLES = {"BN": "batch norm", "GN": "group norm, G = 32", "LN": "layer norm", "IN": "instance norm"}
+PUBLISHED = {_TITLES[norm]: errors for norm, errors in ERROR_BY_BATCH.items()}  # by images on each of 8 GPUs
+PUBLISHED_NORMS = {title: ERROR_BY_NORM[norm] for norm, title in _TITLES.items()}  # for 32 images
+SOURCE = f"{SOURCES['batch']}: {SOURCES['batch'].measured}, validation error in %"
 
 
 @dataclass(frozen=True, slots=True)

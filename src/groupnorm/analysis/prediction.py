@@ -30,10 +30,10 @@ class Terms(NamedTuple):
 
 
 EFFORTS = {  # (channels last, direction); machine: AMD EPYC, 2 cores, November 2026
-    (False, "forward"): Terms(2.37, 1.0, 0.5, 4.44, 2.4, 132e-9, 8.6e-9),
-    (False, "backward"): Terms(2.4, 1.0, 0.5, 3.36, 2.97, 320e-9, 24.4e-9),
-    (True, "forward"): Terms(2.5, 1.0, 1.26, 6.15, 2.03, 213e-9, 4.6e-9),
-    (True, "backward"): Terms(2.5, 1.0, 2.15, 2.16, 4.0, 539e-9, 8.5e-9),
+    (False, "forward"): Terms(1.65, 1, 0.687, 2.19, 1.52, 53.1e-9, 3.94e-9),
+    (False, "backward"): Terms(1.93, 1, 0.5, 1.17, 2.4, 353e-9, 18.6e-9),
+    (True, "forward"): Terms(2.39, 1, 0.5, 1.95, 1.04, 304e-9, 0.192e-9),
+    (True, "backward"): Terms(2.49, 1, 0.5, 1.7, 2.93, 371e-9, 10.4e-9),
 }
 
 
