@@ -67,6 +67,13 @@ def test_sizes(engine: Engine, layout: str, shape: tuple[int, ...], groups: int,
     check(engine, Case(shape, groups, layout=layout, loc=loc))
 
 
+@pytest.mark.parametrize("positions", [9, 16, 33, 100, 250, 1030])
+@pytest.mark.parametrize(("channels", "groups"), [(64, 64), (32, 8)])
+def test_many_draws(engine: Engine, layout: str, positions: int, channels: int, groups: int) -> None:
+    """What is summed first may lie far from the mean: one draw says nothing about that, so each sample is one."""
+    check_forward(engine, draw(Case((40, channels, positions), groups, layout=layout)))
+
+
 @pytest.mark.parametrize("name", ["NC", "NCL", "NCHW", "NCDHW", "NLC", "NHWC", "NDHWC"])
 def test_spellings_of_layouts(engine: Engine, layout: str, name: str) -> None:
     rank = 4 if name in LAYOUTS else len(name)
