@@ -102,6 +102,16 @@ def needs(argument): return model
 def raises(): raise RuntimeError("no\\nweights [here]")
 def leaves(): sys.exit("bye")
 def gives_a_number(): return 3
+def stops(): raise GeneratorExit
+class Speechless(Exception):
+    def __str__(self): raise ValueError
+def says_nothing(): raise Speechless
+def prints():
+    print("building")
+    return build()
+class Leaving(nn.GroupNorm):
+    def forward(self, x): sys.exit(3)
+def leaves_when_run(): return Leaving(2, 8)
 """
 
 
@@ -119,6 +129,36 @@ def nets(tmp_path, monkeypatch):
     yield
     for name in ("advised_nets", "advised_broken", "advised_wrong"):
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["advised_nets:stops"], "GeneratorExit"),
+        (["advised_nets:says_nothing"], "Speechless"),
+        (["advised_nets:leaves_when_run", "--input", "2,8,4"], "SystemExit"),
+        (["advised_nets:build", "--machine", "abacus"], "abacus"),
+        (["advised_nets:build", "--spatial", "8x8"], "--spatial is for one layer"),
+        (["advised_nets:build", "--dtype", "int8"], "--dtype is for one layer"),
+        (["advised_nets:build", "--layout", "foo"], "--layout is for one layer"),
+    ],
+)
+def test_whatever_a_model_does_is_one_line(nets, arguments, said, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["advise", "--model", *arguments])
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_what_a_model_prints_is_not_among_the_answers(nets, capsys):
+    with pytest.raises(SystemExit):
+        main(["advise", "--model", "advised_nets:prints", "--input", "2,3,34,34", "--json"])
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)
+    assert "building" in captured.err
 
 
 @pytest.mark.parametrize("spec", ["advised_nets:build", "advised_nets:model"])

@@ -161,10 +161,10 @@ def test_files_that_cannot_be_used(tmp_path):
         caffe2.load_net(tmp_path / "no.pb")
     with pytest.raises(FileError, match=r"cannot be read \(Is a directory"):
         caffe2.load_net(tmp_path)
-    with pytest.raises(FileError, match=r"n\.pb: cannot be written \(No such file.*nothing was changed"):
+    with pytest.raises(FileError, match=r"n\.pb: there is no folder"):
         caffe2.save_net(a_net(), tmp_path / "missing" / "n.pb")
     (tmp_path / "folder.pb").mkdir()
-    with pytest.raises(FileError, match=r"folder\.pb: cannot be written"):
+    with pytest.raises(FileError, match=r"folder\.pb: is a folder"):
         caffe2.save_net(a_net(), tmp_path / "folder.pb")
     assert os.listdir(tmp_path) == ["folder.pb"]
 
@@ -290,3 +290,32 @@ def test_num_groups_is_ignored_and_said_to_be():
 def test_blobs_are_counted(op, message):
     with pytest.raises(OptionError, match=message):
         caffe2.operator_from_definition(caffe2.create_operator(op[0], list(op[1]), list(op[2])))
+
+
+def test_wrong_names_and_values_are_errors_of_the_package(tmp_path):
+    for path in (None, 5, "zero\0byte.pb"):
+        with pytest.raises(FileError):
+            caffe2.load_net(path)
+    (tmp_path / "deep.pbtxt").write_text("op { arg { n { " * 300)
+    with pytest.raises(FileError, match="NetDef"):
+        caffe2.load_net(tmp_path / "deep.pbtxt")
+    caffe2.save_net(a_net(), str(tmp_path / "n.pb").encode())
+    assert caffe2.load_net(str(tmp_path / "n.pb").encode()) == a_net()
+    for wrong in ({"num_outputs": 3.0}, {"epsilon": 10**400}, {"order": np.array(["NCHW", "NHWC"])}):
+        with pytest.raises(OptionError):
+            caffe2.GroupNormOp(**wrong)
+    with pytest.raises(OptionError, match="64 bits"):
+        caffe2.create_operator("GroupNorm", ["X"], ["Y"], group=2**70)
+    for arguments in ((5, ["X"], ["Y"]), ("GroupNorm", [1], ["Y"]), ("GroupNorm", None, ["Y"])):
+        with pytest.raises(DtypeError):
+            caffe2.create_operator(*arguments)
+    for outputs in (None, {"Y": 5}, {"Y": ""}):
+        with pytest.raises(OptionError, match="outputs"):
+            caffe2.add_gradient_operators(a_net(), outputs)
+    with pytest.raises(OptionError, match="workspace"):
+        caffe2.run_net(a_net(), None)
+    total = caffe2.NetDef(name="sum")
+    total.op.append(caffe2.create_operator("Sum", ["a", "b"], ["c"]))
+    for a in (None, "text", np.ones(2)):
+        with pytest.raises(DtypeError):
+            caffe2.run_net(total, {"a": a, "b": np.ones(2, np.float32)})

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import groupnorm as gn
-from groupnorm.files import atomic, group_norm_file, source
+from groupnorm._core import atomic
+from groupnorm.files import group_norm_file, source
 from groupnorm.files.stream import LEAST_MEMORY
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills and limits processes as POSIX does")
@@ -58,7 +59,8 @@ def python(code, *arguments):
 # Runs in many parts, and kills itself at the given moment: just before or after the n-th call of a function.
 _KILLED = """
 import os, signal, sys
-from groupnorm.files import atomic, group_norm_file, sink
+from groupnorm._core import atomic
+from groupnorm.files import group_norm_file, sink
 folder, name, when, count = sys.argv[1:]
 owner, name = (sink.Sink, "write") if name == "write" else (os, name)
 original, left = getattr(owner, name), [int(count)]

@@ -67,6 +67,7 @@ THIRD_PARTY = {
     "opacus": {"bench"},
     "safetensors": {"files", "cli"},
     "matplotlib": {"analysis", "bench", "cli"},
+    "PIL": {"analysis"},  # matplotlib brings it
     "rich": {"bench", "cli"},
     "typer": {"cli", "__main__"},
 }

@@ -33,6 +33,7 @@ PLAIN = MachineFigures("plain", "cpu", "made up for tests", 8, 1e-6, SPEEDS)
 def _own_cache(tmp_path, monkeypatch):
     """Figures of this machine are not measured: those of a plain one are found in their place."""
     monkeypatch.setenv("GROUPNORM_CACHE_DIR", str(tmp_path / "cache"))
+    figures_module.cache_path().parent.mkdir()
     write_figures(PLAIN, figures_module.cache_path())
 
 
@@ -130,11 +131,17 @@ def test_layouts_name_the_axis_of_the_channels():
     [
         (((2, 0, 3), 1), {}, ShapeError, "at least 1"),
         (((2, -4, 3), 1), {}, ShapeError, "at least 1"),
-        (((2, 4.5), 1), {}, ShapeError, "whole number"),
+        (((2, 4.5), 1), {}, ShapeError, "whole numbers"),
         (("ab", 1), {}, ShapeError, "whole numbers"),
         (((4,), 1), {}, ShapeError, "channel axis"),
         (((2, 30, 5), 4), {}, ShapeError, "try 3 or 5"),
         (((2, 8), 2), {"dtype": "int8"}, DtypeError, "float32"),
+        (((2, 8), 2), {"dtype": ["a"]}, DtypeError, "float32"),
+        (((2, float("inf")), 2), {}, ShapeError, "whole numbers"),
+        (((2, 8, 1 << 62), 2), {}, ShapeError, "2.62"),
+        (((2, 8), 2), {"storage": [1]}, OptionError, "bytes per second"),
+        (((2, 8), 2), {"storage": 10**400}, OptionError, "bytes per second"),
+        (((2, 8), 2), {"machine": "a\0.json"}, FileError, "cannot read"),
         (((2, 8), 2), {"direction": "sideways"}, OptionError, "forward or backward"),
         (((2, 8), 2), {"activation": "swish"}, OptionError, "silu"),
         (((2, 8), 2), {"layout": "CHW"}, OptionError, "NHWC"),
@@ -173,16 +180,19 @@ def test_records_of_this_repository_keep_the_promises():
 
 
 def test_figures_survive_a_file(tmp_path):
-    write_figures(PLAIN, tmp_path / "deep" / "plain.json")
-    assert read_figures(tmp_path / "deep" / "plain.json") == PLAIN
-    assert figures_of(tmp_path / "deep" / "plain.json") == PLAIN
+    write_figures(PLAIN, tmp_path / "plain.json")
+    assert read_figures(tmp_path / "plain.json") == PLAIN
+    assert figures_of(tmp_path / "plain.json") == PLAIN
     assert figures_of(PLAIN) is PLAIN
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["plain.json"]
+    for target in (tmp_path, tmp_path / "none" / "plain.json"):
+        with pytest.raises(FileError, match="folder"):
+            write_figures(PLAIN, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "plain.json"]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "1", "null", '{"format": "something else"}', '{"format": "groupnorm-figures-1"}',
+    ["", "{", "[" * 200_000, "[]", "1", "null", '{"format": "something else"}', '{"format": "groupnorm-figures-1"}',
      json.dumps({"format": "groupnorm-figures-1", "name": "x", "kind": "cpu", "source": "", "lanes": 8, "launch_s": 1,
                  "speeds": []}),
      json.dumps({"format": "groupnorm-figures-1", "name": "x", "kind": "cpu", "source": "", "lanes": 8, "launch_s": 1,
@@ -197,9 +207,11 @@ def test_a_file_from_elsewhere_is_refused_in_one_line(tmp_path, text):
 
 def test_figures_that_are_no_numbers_are_refused(tmp_path):
     path = tmp_path / "figures.json"
-    for changed in ({"launch_s": 0.0}, {"launch_s": float("nan")}, {"launch_s": "1"}, {"lanes": -1}):
+    for changed in ({"launch_s": 0.0}, {"launch_s": float("nan")}, {"launch_s": "1"}, {"launch_s": 10**400},
+                    {"launch_s": 1e-320}, {"lanes": -1}, {"lanes": True}, {"kind": "toaster"}, {"kind": ["cpu"]},
+                    {"name": "two\nlines"}, {"name": [1]}):  # fmt: skip
         write_figures(replace(PLAIN, **changed), path)
-        with pytest.raises(FileError, match="positive number"):
+        with pytest.raises(FileError, match="machine figures"):
             read_figures(path)
 
 
@@ -220,7 +232,8 @@ def test_figures_that_nobody_can_keep_are_still_given(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GROUPNORM_CACHE_DIR", str(tmp_path / "file"))  # a folder cannot be made here
     monkeypatch.setattr("groupnorm.analysis.measure.measure_figures", lambda: PLAIN)
-    assert figures_of(None) == PLAIN
+    with pytest.warns(UserWarning, match="GROUPNORM_CACHE_DIR"):
+        assert figures_of(None) == PLAIN
 
 
 def test_measured_figures_make_sense():

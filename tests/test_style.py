@@ -267,3 +267,17 @@ def test_batch_norm_keeps_everything():
 def test_nothing_is_kept_of_no_difference():
     a = style(maps((1, 6, 60)))
     assert np.isnan(kept(a, a, 3).mean)
+
+
+def test_no_samples_and_wrong_arguments():
+    features = np.random.default_rng(0).standard_normal((2, 6, 5), np.float32)
+    for layout, empty in (("NCHW", features[:0]), ("NHWC", features[:0].transpose(0, 2, 1))):
+        assert style(empty, layout=layout).mean.shape == (0, 6)
+    for strength in (None, "a", 2):
+        with pytest.raises(gn.OptionError, match="strength"):
+            transfer(features, style(features), strength=strength)
+    for pieces in (None, 5):
+        with pytest.raises(gn.GroupNormError, match="merge_styles"):
+            merge_styles(pieces)
+    with pytest.raises(gn.DtypeError, match="numbers"):
+        Style("a", "b", "c", 1)

@@ -213,3 +213,26 @@ def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
     assert exit_.value.code == 2
     assert output.read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "c.png"]
+
+
+def test_pictures_that_cannot_be_meant_are_refused(tmp_path, monkeypatch, capsys):
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    numbers = np.random.default_rng(0).random((64, 64, 3))
+    fine = image.fromarray((255 * numbers).astype(np.uint8))
+    fine.save("fine.png")
+    image.new("RGB", (20_000, 3), "red").save("wide.png")
+    image.fromarray((1e9 * numbers[..., 0]).astype(np.int32)).save("numbers.tiff")
+    image.fromarray(np.full((64, 64), np.nan, np.float32)).save("nan.tiff")
+    wider = "wider than a byte"
+    cases = [("wide.png", "out.png", "too narrow"), ("numbers.tiff", "out.png", wider), ("nan.tiff", "out.png", wider),
+             ("fine.png", "fine.png", "is one of the pictures")]  # fmt: skip
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for content, output, said in cases:
+        with pytest.raises(SystemExit) as exit_:
+            main(["style", content, "fine.png", "--output", output])
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert said in error
+        assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

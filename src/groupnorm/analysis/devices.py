@@ -13,12 +13,14 @@ _GPU_LAUNCH_S = 2e-6  # an estimate: what a graph of one small kernel takes on t
 _GPU_NOTE = "launch time is an estimate; no data sheet has it"
 
 
-def _gpu(name: str, source: str, memory_gb_per_s: float, tflops: float) -> MachineFigures:
-    """A multiply-add is two flops, and its unit takes one operation in a clock: operations are half the flops."""
+def _gpu(name: str, source: str, memory_gb_per_s: float, tflops: float, wide_tflops: float) -> MachineFigures:
+    """A multiply-add is two flops, and its unit takes one operation in a clock: operations are half the flops.
+    wide_tflops: of float64.
+    """
     speed = memory_gb_per_s * 1e9
     flops = tflops * 1e12
     memory = Level("memory", None, speed, speed, speed)
-    speeds = Speeds(1, (memory,), {"float32": flops}, flops / 2)
+    speeds = Speeds(1, (memory,), {"float32": flops, "float64": wide_tflops * 1e12}, flops / 2)
     return MachineFigures(name, "gpu", source, 32, _GPU_LAUNCH_S, (speeds,), _GPU_NOTE)
 
 
@@ -33,14 +35,17 @@ def _cpu(name: str, source: str, threads: int, memory_gb_per_s: float, ghz: floa
 
 
 DEVICES = (
-    _gpu("T4", "NVIDIA T4 data sheet: 320 GB/s, 8.1 TFLOPS float32", 320, 8.1),
-    _gpu("V100", "NVIDIA V100 data sheet, SXM2: 900 GB/s, 15.7 TFLOPS float32", 900, 15.7),
-    _gpu("A100", "NVIDIA A100 80 GB data sheet, SXM: 2039 GB/s, 19.5 TFLOPS float32", 2039, 19.5),
-    _gpu("L4", "NVIDIA L4 data sheet: 300 GB/s, 30.3 TFLOPS float32", 300, 30.3),
-    _gpu("RTX4090", "NVIDIA Ada architecture white paper: 1008 GB/s, 82.6 TFLOPS float32", 1008, 82.6),
-    _gpu("H100", "NVIDIA H100 data sheet, SXM: 3.35 TB/s, 67 TFLOPS float32", 3350, 67),
-    _gpu("H200", "NVIDIA H200 data sheet, SXM: 4.8 TB/s, 67 TFLOPS float32", 4800, 67),
-    _gpu("MI300X", "AMD Instinct MI300X data sheet: 5.3 TB/s, 163.4 TFLOPS float32", 5300, 163.4),
+    _gpu("T4", "NVIDIA T4 data sheet: 320 GB/s, 8.1 TFLOPS float32; float64 1/32 (Turing architecture white paper)",
+         320, 8.1, 8.1 / 32),
+    _gpu("V100", "NVIDIA V100 data sheet, SXM2: 900 GB/s, 15.7 TFLOPS float32, 7.8 float64", 900, 15.7, 7.8),
+    _gpu("A100", "NVIDIA A100 80 GB data sheet, SXM: 2039 GB/s, 19.5 TFLOPS float32, 9.7 float64", 2039, 19.5, 9.7),
+    _gpu("L4", "NVIDIA L4 data sheet: 300 GB/s, 30.3 TFLOPS float32; float64 1/64 (Ada architecture white paper)",
+         300, 30.3, 30.3 / 64),
+    _gpu("RTX4090", "NVIDIA Ada architecture white paper: 1008 GB/s, 82.6 TFLOPS float32, float64 1/64", 1008, 82.6,
+         82.6 / 64),
+    _gpu("H100", "NVIDIA H100 data sheet, SXM: 3.35 TB/s, 67 TFLOPS float32, 34 float64", 3350, 67, 34),
+    _gpu("H200", "NVIDIA H200 data sheet, SXM: 4.8 TB/s, 67 TFLOPS float32, 34 float64", 4800, 67, 34),
+    _gpu("MI300X", "AMD Instinct MI300X data sheet: 5.3 TB/s, 163.4 TFLOPS float32, 81.7 float64", 5300, 163.4, 81.7),
     _cpu("EPYC-9654", "AMD EPYC 9654 product page: 96 cores at 2.4 GHz, 12 channels DDR5-4800 (460.8 GB/s)", 96, 460.8,
          2.4, 32, 16),
     _cpu("Xeon-8480+", "Intel Xeon Platinum 8480+ product page: 56 cores at 2.0 GHz, 8 channels DDR5-4800 (307.2 GB/s)",

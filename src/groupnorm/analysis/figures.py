@@ -1,12 +1,13 @@
 """Machine figures: what a machine can do at most, as numbers with their source; measured here once, or from a table."""
 
-import contextlib
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from groupnorm._core.atomic import write_whole
 from groupnorm._core.machine import describe
 from groupnorm.errors import FileError, OptionError
 
@@ -79,8 +80,12 @@ def figures_of(machine: str | Path | MachineFigures | None, *, measure_anew: boo
     from groupnorm.analysis.measure import measure_figures
 
     found = measure_figures()
-    with contextlib.suppress(OSError):  # nowhere to keep them: measured again next time
+    try:
+        cache_path().parent.mkdir(parents=True, exist_ok=True)
         write_figures(found, cache_path())
+    except (OSError, FileError) as error:
+        warnings.warn(f"machine figures cannot be kept, and are measured again next time: {error}; set "
+                      "GROUPNORM_CACHE_DIR to a folder", stacklevel=2)  # fmt: skip
     return found
 
 
@@ -98,7 +103,7 @@ def read_figures(path: str | Path) -> MachineFigures:
     """Figures from a file. Raises FileError if it cannot be read, or holds something else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte, or what is no UTF-8
         reason = getattr(error, "strerror", None) or "it is no text"
         raise FileError(f"cannot read machine figures from {path}: {reason}") from error
     try:
@@ -108,7 +113,7 @@ def read_figures(path: str | Path) -> MachineFigures:
         speeds = tuple(_speeds(each) for each in given.pop("speeds"))
         found = MachineFigures(**given, speeds=speeds)
         _check(found)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FileError(
             f"{path} holds no machine figures of format {FORMAT} ({error}); write one with: "
             "groupnorm roofline SHAPE --save-machine FILE"
@@ -117,16 +122,12 @@ def read_figures(path: str | Path) -> MachineFigures:
 
 
 def write_figures(figures: MachineFigures, path: str | Path) -> None:
-    """Write figures to a file, whole or not at all; its folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write figures to a file, whole or not at all. Raises FileError where it cannot be written."""
     fields = asdict(figures)
     fields["speeds"] = [
         {**each._asdict(), "levels": [level._asdict() for level in each.levels]} for each in figures.speeds
     ]
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"format": FORMAT, **fields}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, (json.dumps({"format": FORMAT, **fields}, indent=1) + "\n").encode())
 
 
 def _named(machine: str | Path) -> MachineFigures:
@@ -147,11 +148,26 @@ def _speeds(given: dict[str, Any]) -> Speeds:
 
 
 def _check(figures: MachineFigures) -> None:
-    numbers: list[Any] = [figures.launch_s, figures.lanes]
+    """ValueError or TypeError unless every figure is a number that a machine may have, and every text one line."""
+    if figures.kind not in ("cpu", "gpu"):
+        raise ValueError("kind is neither cpu nor gpu")
+    texts: list[Any] = [
+        figures.name,
+        figures.source,
+        figures.notes,
+        *(level.name for s in figures.speeds for level in s.levels),
+    ]
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        raise ValueError("a name is no line of text")
+    counts = [figures.lanes, *(speeds.threads for speeds in figures.speeds)]
+    if not all(type(count) is int and 0 < count < 1 << 20 for count in counts):
+        raise ValueError("lanes and threads are no whole numbers, at least 1")
+    numbers: list[Any] = [figures.launch_s]
     for speeds in figures.speeds:
-        numbers += [speeds.threads, speeds.operations_per_s, *speeds.flops_per_s.values()]
-        numbers += [number for level in speeds.levels for number in level[2:]]
+        numbers += [speeds.operations_per_s, *speeds.flops_per_s.values()]
+        for level in speeds.levels:
+            numbers += [number for number in level[1:] if number is not None]
         if not speeds.levels or "float32" not in speeds.flops_per_s:
-            raise ValueError("levels")
-    if not figures.speeds or not all(isinstance(n, int | float) and 0 < n < float("inf") for n in numbers):
+            raise ValueError("levels or flops are missing")
+    if not figures.speeds or not all(type(n) in (int, float) and 1e-12 < n < 1e24 for n in numbers):
         raise ValueError("a figure is missing, or is no positive number")

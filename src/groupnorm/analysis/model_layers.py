@@ -162,7 +162,7 @@ def _run(torch: Any, model: Module, layers: dict[str, Layer], example_inputs: An
     try:
         with _evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(*args, **kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise OptionError(f"the model raised {type(error).__name__} for the example inputs: {error}; give "
                           "inputs that it takes") from error  # fmt: skip
     finally:

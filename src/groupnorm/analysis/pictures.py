@@ -1,12 +1,13 @@
 """Pictures as arrays: from files of the user, or made of what matplotlib ships."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from groupnorm.errors import FileError
+from groupnorm.errors import FileError, ShapeError
 
 __all__ = ["read_picture", "reduced", "terrain"]
 
@@ -23,16 +24,24 @@ def read_picture(path: str | os.PathLike[str]) -> Array:
     """
     try:
         from matplotlib import image
+        from PIL import Image
     except ImportError as error:
         raise FileError(_INSTALL) from error
     try:
-        with open(path, "rb") as file:  # open, not matplotlib, says what is wrong with a path
+        # open, not matplotlib, says what is wrong with a path; of a picture that is too large to be true it warns, too
+        with open(path, "rb") as file, warnings.catch_warnings(action="ignore"):
+            opened = Image.open(file)
+            mode, format_ = opened.mode, opened.format
+            file.seek(0)
             raw = np.asarray(image.imread(file, format="any"))
     except Exception as error:  # each decoder has errors of its own: SyntaxError, ValueError, struct.error, ...
         if isinstance(error, OSError) and error.errno is not None:
             raise FileError(f"{os.fspath(path)}: cannot be read ({error.strerror}); give a picture file") from error
         raise FileError(f"{os.fspath(path)}: is no picture that can be read ({error}); "
                         "give a PNG or JPEG file") from error  # fmt: skip
+    if mode[0] in "IF" and format_ != "PNG":
+        raise FileError(f"{os.fspath(path)}: its values are wider than a byte (mode {mode}), and would be cut off at "
+                        "255; give a PNG or JPEG file")  # fmt: skip
     picture = raw.astype(np.float32) / (np.iinfo(raw.dtype).max if raw.dtype.kind == "u" else 1)
     if picture.ndim == 2:
         picture = picture[..., None]
@@ -48,6 +57,9 @@ def reduced(picture: Array, longest: int) -> Array:
     if factor <= 1:
         return picture
     height, width = (size // factor for size in picture.shape[:2])
+    if min(height, width) < 1:
+        raise ShapeError(f"a picture of {picture.shape[1]} by {picture.shape[0]} pixels is too narrow: reduced to "
+                         f"{longest}, nothing of its shorter side is left")  # fmt: skip
     squares = picture[: height * factor, : width * factor].reshape(height, factor, width, factor, -1)
     return squares.mean((1, 3), dtype=np.float32)
 

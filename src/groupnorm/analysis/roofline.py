@@ -6,6 +6,7 @@ Williams, Waterman and Patterson, Roofline: an insightful visual performance mod
 2009.
 """
 
+import operator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +25,7 @@ from groupnorm.errors import DtypeError, OptionError, ShapeError
 __all__ = ["DIRECTIONS", "Roofline", "roofline"]
 
 DIRECTIONS = ("forward", "backward")
+_LARGEST = 1 << 62  # elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,8 @@ def roofline(
     S = prod(sizes) // (N * C)
     G = check_num_groups(num_groups, C, uneven=False)
     check_activation(activation)
-    if dtype not in ITEM_BYTES:
+    named: Any = dtype
+    if not isinstance(named, str) or named not in ITEM_BYTES:
         raise DtypeError(f"dtype must be one of {', '.join(ITEM_BYTES)}: got {dtype!r}")
     if direction not in DIRECTIONS:
         raise OptionError(f"direction must be forward or backward: got {direction!r}")
@@ -176,11 +179,13 @@ def roofline(
 
 def _checked(shape: Any) -> tuple[int, ...]:
     try:
-        sizes = tuple(int(size) for size in shape)
-    except (TypeError, ValueError) as error:
+        sizes = tuple(operator.index(size) for size in shape)
+    except TypeError as error:
         raise ShapeError(f"shape must be a tuple of whole numbers: got {shape!r}") from error
-    if any(size < 1 for size in sizes) or any(size != given for size, given in zip(sizes, shape, strict=True)):
-        raise ShapeError(f"every size in shape must be a whole number, at least 1: got {shape!r}")
+    if any(size < 1 for size in sizes):
+        raise ShapeError(f"every size in shape must be a whole number, at least 1: got {sizes}")
+    if prod(sizes) > _LARGEST:
+        raise ShapeError("shape has more than 2^62 elements, which no memory holds; check the sizes")
     return sizes
 
 
@@ -191,7 +196,7 @@ def _device_bytes_per_s(storage: str | float | None) -> float | None:
         return STORAGE[storage][0]
     try:
         speed = float(storage)
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
         speed = 0.0
     if not 0 < speed < float("inf"):
         raise OptionError(f"storage must be one of {', '.join(STORAGE)}, or bytes per second: got {storage!r}")

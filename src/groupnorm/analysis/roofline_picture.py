@@ -1,9 +1,10 @@
 """The picture of a roofline: what the machine can do at each intensity, and where this call stands; PNG or SVG."""
 
-import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from groupnorm._core.atomic import write_whole
 from groupnorm.analysis.roofline import Roofline
 from groupnorm.errors import FileError, OptionError
 
@@ -45,14 +46,10 @@ def draw_roofline(found: Roofline, measured_s: float | None, path: Path) -> None
         _roofs(left, found, measured_s)
         _times(right, found, measured_s)
         figure.subplots_adjust(left=0.075, right=0.965, top=0.8, bottom=0.125, wspace=0.42)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": "groupnorm"}
-        try:
-            figure.savefig(temporary, metadata=metadata)
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+        drawn = BytesIO()
+        figure.savefig(drawn, format=path.suffix[1:].lower(), metadata=metadata)
+    write_whole(path, drawn.getvalue())
 
 
 def _roofs(axes: Any, found: Roofline, measured_s: float | None) -> None:

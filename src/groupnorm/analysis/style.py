@@ -9,13 +9,14 @@ mean and a co-moment, and those merge exactly, as `groupnorm.Moments` do: the st
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from groupnorm._core.layout import channel_axis
 from groupnorm._core.problem import check_eps, check_num_groups
-from groupnorm.errors import GroupNormError, OptionError, ShapeError
+from groupnorm.errors import DtypeError, GroupNormError, OptionError, ShapeError
 from groupnorm.numpy import group_norm, moments
 
 __all__ = ["Style", "merge_styles", "style", "transfer"]
@@ -40,7 +41,10 @@ class Style:
     num_groups: int
 
     def __post_init__(self) -> None:
-        count, mean, comoment = (np.asarray(a, np.float64) for a in (self.count, self.mean, self.comoment))
+        try:
+            count, mean, comoment = (np.asarray(a, np.float64) for a in (self.count, self.mean, self.comoment))
+        except (TypeError, ValueError) as error:
+            raise DtypeError(f"count, mean and comoment must be arrays of numbers: {error}") from error
         if mean.ndim != 2 or count.shape != mean.shape[:1] or comoment.shape != (*mean.shape, mean.shape[1]):
             raise ShapeError(f"count, mean and comoment must have the shapes (N,), (N, C) and (N, C, C): got "
                              f"{count.shape}, {mean.shape} and {comoment.shape}; make them with style")  # fmt: skip
@@ -124,8 +128,8 @@ def style(features: Array, num_groups: int | None = None, *, layout: str = "NCHW
     rough = moments(features, max(channels, 1), layout=layout)  # its errors are the ones for wrong features
     groups = check_num_groups(channels if num_groups is None else num_groups, channels, False)
     rows = np.asarray(features)
-    rows = rows.reshape(rows.shape[0], channels, -1) if axis == 1 else rows.reshape(rows.shape[0], -1, channels)
-    positions = rows.shape[2 if axis == 1 else 1]
+    positions = prod(size for i, size in enumerate(rows.shape) if i not in (0, axis))
+    rows = rows.reshape(len(rows), channels, positions) if axis == 1 else rows.reshape(len(rows), positions, channels)
     mean, comoment = rough.mean.copy(), np.zeros((rows.shape[0], channels, channels))
     for n, sample in enumerate(rows):
         total = np.zeros(channels)
@@ -146,7 +150,8 @@ def merge_styles(styles: Iterable[Style]) -> Style:
     """The style of several pieces together, merged pairwise. GroupNormError if there is none, ShapeError if they do not
     fit. Cost: O(pieces * N * C * C).
     """
-    pieces = list(styles)
+    given: Any = styles
+    pieces: list[Style] = list(given) if isinstance(given, Iterable) else [given]
     if not pieces or not all(isinstance(piece, Style) for piece in pieces):
         got = "an empty list" if not pieces else ", ".join(sorted({type(piece).__name__ for piece in pieces}))
         raise GroupNormError(f"merge_styles needs one or more styles: got {got}; pass what style gives for each piece")
@@ -179,8 +184,9 @@ def transfer(
             f"the style must be of 1 or {x.shape[0]} samples with {channels} channels: got {style.mean.shape[0]} with "
             f"{style.mean.shape[1]}; use the same features for both"
         )
-    if not 0 <= strength <= 1:
-        raise OptionError(f"strength must be between 0 (content) and 1 (style): got {strength}")
+    mixed: Any = strength
+    if not isinstance(mixed, int | float) or not 0 <= strength <= 1:
+        raise OptionError(f"strength must be between 0 (content) and 1 (style): got {strength!r}")
     target = style.regrouped(groups)
     each = channels // target.num_groups
     std = np.repeat(np.sqrt(target.group_var + check_eps(eps)), each, 1)

@@ -11,13 +11,13 @@ Only commands of this package are run. A picture that a command writes goes wher
 document's folder. What is measured is measured anew, so numbers differ from run to run.
 """
 
-import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+from groupnorm._core.atomic import write_whole
 from groupnorm.errors import FileError
 
 __all__ = ["commands_in", "fill"]
@@ -59,9 +59,7 @@ def fill(path: Path) -> bool:
     new = "\n".join(lines) + "\n"
     if new == text:
         return False
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(new, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, new.encode())
     return True
 
 

@@ -32,7 +32,7 @@ def check_epsilon(epsilon: Any) -> float:
     """epsilon as Caffe2 holds it, rounded to float32; OptionError unless it is finite and not negative."""
     try:
         value = float(epsilon)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not 0 <= value <= float(np.finfo(np.float32).max):
         raise OptionError(f"epsilon must be a finite float32, at least 0: got {epsilon!r}; Caffe2's default is 1e-5")
@@ -41,8 +41,8 @@ def check_epsilon(epsilon: Any) -> float:
 
 def check_order(order: Any) -> str:
     """order as "NCHW" or "NHWC"; Caffe2 knows both in lower case as well. OptionError for anything else."""
-    if order in ("NCHW", "nchw", "NHWC", "nhwc"):
-        return str(order).upper()
+    if isinstance(order, str) and order in ("NCHW", "nchw", "NHWC", "nhwc"):
+        return order.upper()
     raise OptionError(f'order must be "NCHW" or "NHWC": got {order!r}; "NCHW" has channels on axis 1, "NHWC" last')
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -42,7 +42,10 @@ def create_operator(
     An argument may be an int or bool, a float, a str or bytes, or a list of these. Raises DtypeError for anything else.
     Source: the convention of Caffe2's core.CreateOperator.
     """
-    inputs, outputs = ([names] if isinstance(names, str) else list(names) for names in (inputs, outputs))
+    inputs, outputs = (_names(names) for names in (inputs, outputs))
+    strings: list[Any] = [type, name]
+    if not all(isinstance(text, str) for text in strings):
+        raise DtypeError(f"type and name must be strings: got {type!r} and {name!r}")
     op = message_class("OperatorDef")(type=type, name=name, input=inputs, output=outputs)
     for key, value in arguments.items():
         values = list(value) if isinstance(value, list | tuple) else [value]
@@ -52,11 +55,22 @@ def create_operator(
                              f"got {value!r}")  # fmt: skip
         values = [_HELD[kind][1](v) for v in values]
         held = op.arg.add(name=key)
-        if isinstance(value, list | tuple):
-            getattr(held, {"i": "ints", "f": "floats", "s": "strings"}[kind]).extend(values)
-        else:
-            setattr(held, kind, values[0])
+        try:
+            if isinstance(value, list | tuple):
+                getattr(held, {"i": "ints", "f": "floats", "s": "strings"}[kind]).extend(values)
+            else:
+                setattr(held, kind, values[0])
+        except (ValueError, OverflowError) as error:
+            raise OptionError(f"argument {key} must fit 64 bits: got {value!r}") from error
     return op
+
+
+def _names(names: Any) -> list[str]:
+    """Names of blobs as a list; a string is one name."""
+    found: list[Any] = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [None]
+    if not all(isinstance(name, str) for name in found):
+        raise DtypeError(f"blobs must be given as a list of names: got {names!r}")
+    return found
 
 
 def operator_from_definition(op_def: Any) -> GroupNormOp | GroupNormGradientOp:

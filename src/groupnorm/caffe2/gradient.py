@@ -133,7 +133,14 @@ def _given(outputs: Mapping[str, str | None] | Iterable[str]) -> dict[str, str |
     if isinstance(outputs, str):
         raise OptionError(f"outputs must be a list of blobs or a dictionary: got the string {outputs!r}; "
                           f"pass [{outputs!r}]")  # fmt: skip
-    given = dict(outputs) if isinstance(outputs, Mapping) else dict.fromkeys(outputs)
+    try:
+        given = dict(outputs) if isinstance(outputs, Mapping) else dict.fromkeys(outputs)
+    except TypeError as error:
+        raise OptionError(f"outputs must be a list of blobs or a dictionary: got {outputs!r}") from error
+    if not all(
+        isinstance(blob, str) and (name is None or (isinstance(name, str) and name)) for blob, name in given.items()
+    ):
+        raise OptionError(f"outputs must map names of blobs to names of their gradients, or None: got {outputs!r}")
     if not given:
         raise OptionError("outputs must name at least one blob to differentiate: got none")
     return given

@@ -1,11 +1,10 @@
 """Nets in files: binary .pb, and protobuf's text in .pbtxt and .prototxt."""
 
-import contextlib
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
+from groupnorm._core.atomic import write_whole
 from groupnorm.caffe2.proto import as_message, message_class, protobuf
 from groupnorm.errors import FileError
 
@@ -20,13 +19,12 @@ def load_net(path: str | os.PathLike[str]) -> Any:
     Fields that this package does not know are kept in a binary file's message and written again by `save_net`.
     Raises FileError for a file that is not there, is not readable, or does not hold a NetDef; for text with its line.
     """
-    name = os.fspath(path)
+    name = _name(path)
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise FileError(
-            f"{name}: cannot be read ({error.strerror or error}); check the name and the permissions"
-        ) from error
+        data = Path(name).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{name}: cannot be read ({reason}); check the name and the permissions") from error
     if not data:
         raise FileError(f"{name}: is empty, expected a NetDef; write it again with save_net, or with Caffe2")
     net = _parse_text(name, data) if _is_text(name) else _parse_binary(name, data)
@@ -43,7 +41,7 @@ def save_net(net: Any, path: str | os.PathLike[str]) -> None:
     Raises FileError where it cannot be written, or would not be read again: an empty net, an operator without a type,
     and, as text, a net with fields that this package does not know, since text has no room for them.
     """
-    net, name = as_message("NetDef", net), os.fspath(path)
+    net, name = as_message("NetDef", net), _name(path)
     reason = _why_no_net(net)
     if reason is not None:
         raise FileError(f"{name}: would not be a net ({reason}); complete the NetDef")
@@ -57,24 +55,18 @@ def save_net(net: Any, path: str | os.PathLike[str]) -> None:
         data = protobuf("text_format").MessageToString(net).encode()
     else:
         data = net.SerializeToString()
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.groupnorm-partial")
+    write_whole(name, data)
+
+
+def _name(path: Any) -> str:
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise FileError(f"{name}: cannot be written ({error.strerror or error}); nothing was changed; check the folder "
-                        "and its permissions, or write elsewhere") from error  # fmt: skip
-    finally:
-        with contextlib.suppress(OSError):  # it is gone where all went well
-            os.unlink(temporary)
+        return os.fsdecode(path)
+    except TypeError as error:
+        raise FileError(f"path must be the name of a file: got {type(path).__name__}") from error
 
 
 def _is_text(name: str) -> bool:
-    return os.fsdecode(name).lower().endswith(_TEXT)
+    return name.lower().endswith(_TEXT)
 
 
 def _parse_text(name: str, data: bytes) -> Any:
@@ -88,6 +80,8 @@ def _parse_text(name: str, data: bytes) -> Any:
         ) from error
     try:
         return text_format.Parse(text, message_class("NetDef")())
+    except RecursionError as error:
+        raise FileError(f"{name}: cannot be read as the text of a NetDef (messages within messages)") from error
     except text_format.ParseError as error:
         line = error.GetLine()
         place = "" if line is None else f"line {line}: "
@@ -109,6 +103,8 @@ def _why_no_net(net: Any) -> str | None:
     """
     if not net.ListFields():
         return "no field of a NetDef is in it"
+    if not all(isinstance(name, str) for name in (net.name, net.type, *net.external_input, *net.external_output)):
+        return "a name of the net is not UTF-8 text"
     for index, op in enumerate(net.op):
         if not op.type:
             return f"operator {index} has no type"

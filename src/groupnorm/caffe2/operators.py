@@ -40,7 +40,8 @@ class GroupNormOp:
         object.__setattr__(self, "epsilon", check_epsilon(self.epsilon))
         object.__setattr__(self, "order", check_order(self.order))
         object.__setattr__(self, "is_test", bool(self.is_test))
-        if self.num_outputs not in (1, 3):
+        outputs: Any = self.num_outputs
+        if not isinstance(outputs, int) or outputs not in (1, 3):
             raise OptionError(f"GroupNorm has 1 output (Y) or 3 (Y, mean, inv_std): got {self.num_outputs}")
         if self.num_outputs == 1 and not self.is_test:
             raise OptionError("GroupNorm with is_test=0 must have 3 outputs: got 1; the gradient needs mean and "

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from groupnorm.caffe2.checks import FLOAT32, check_array
 from groupnorm.caffe2.definition import argument, naming, operator_from_definition
 from groupnorm.caffe2.proto import as_message
 from groupnorm.errors import GroupNormError, OptionError, ShapeError
@@ -26,6 +27,8 @@ def run_net(net: Any, workspace: Mapping[str, Array]) -> dict[str, Array]:
     ShapeError or DtypeError for arrays that do not fit. Warns as `operator_from_definition` does.
     """
     net = as_message("NetDef", net)
+    if not isinstance(workspace, Mapping):
+        raise OptionError(f"workspace must be a dictionary of blobs: got {type(workspace).__name__}")
     steps = []
     for index, op in enumerate(net.op):
         with naming(op, index):
@@ -60,13 +63,13 @@ def _function(op: Any) -> Callable[..., list[Array]]:
 
 
 def _sum(*inputs: Array) -> list[Array]:
-    first = np.array(inputs[0])
-    for number, array in enumerate(inputs[1:], 1):
-        if np.shape(array) != first.shape:
+    first, *others = (check_array(f"input {number}", value, FLOAT32) for number, value in enumerate(inputs))
+    for number, array in enumerate(others, 1):
+        if array.shape != first.shape:
             raise ShapeError(f"the inputs must have one shape: got {first.shape} and, as input {number}, "
-                             f"{np.shape(array)}")  # fmt: skip
+                             f"{array.shape}")  # fmt: skip
         first = first + array
-    return [first]
+    return [np.array(first)]
 
 
 def _constant_fill(op: Any) -> Callable[..., list[Array]]:
@@ -77,4 +80,4 @@ def _constant_fill(op: Any) -> Callable[..., list[Array]]:
                           f"{len(op.input)}, {len(op.output)} and {', '.join(others) or 'no other'}; "
                           "put the constant into the workspace")  # fmt: skip
     value = argument(op, "value", "f", 0.0)
-    return lambda like: [np.full(np.shape(like), value, np.float32)]
+    return lambda like: [np.full(check_array("the input", like, FLOAT32).shape, value, np.float32)]

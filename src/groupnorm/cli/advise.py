@@ -1,5 +1,7 @@
 """The command `groupnorm advise`: how many groups, for a layer or for a whole model."""
 
+import sys
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,13 +52,18 @@ def advise(
             "give either the CHANNELS of a layer, such as groupnorm advise 320, or --model module:factory"
         )
     if model is not None:
+        from groupnorm.analysis.figures import figures_of
         from groupnorm.analysis.model_advice import advise_model
         from groupnorm.cli.model_factory import example_input, make_model
 
-        found = advise_model(
-            make_model(model), tuple(map(example_input, inputs)) if inputs else None, batch=batch, task=task,
-            machine=machine,
-        )  # fmt: skip
+        _only_for_layers(spatial, dtype, layout)
+        if machine is not None:
+            figures_of(machine)  # a wrong one is said before the model is made
+        built = make_model(model)
+        with redirect_stdout(sys.stderr):  # what the model prints
+            found = advise_model(
+                built, tuple(map(example_input, inputs)) if inputs else None, batch=batch, task=task, machine=machine
+            )
         _print_json(found) if json else _print_model(found)
         return
     if inputs:
@@ -74,6 +81,13 @@ def advise(
         machine=machine,
     )
     _print_json(advice) if json else _print_layer(advice)
+
+
+def _only_for_layers(spatial: str, dtype: str, layout: str) -> None:
+    usual = {"spatial": (spatial, "32x32"), "dtype": (dtype, "float32"), "layout": (layout, "NCHW")}
+    for option, (value, default) in usual.items():
+        if value != default:
+            raise OptionError(f"--{option} is for one layer: a model has its own; leave it away with --model")
 
 
 def _print_json(found: "Advice | ModelAdvice") -> None:

@@ -137,6 +137,7 @@ def _keep_figures(folder: Path) -> None:
 
     path = folder / describe().slug / FILE
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_figures(figures_of(None), path)
 
 

@@ -150,7 +150,7 @@ def _written(output: Path | None) -> Any:
     """The file on its way to `output`, or None; without a trace unless the block commits it."""
     from contextlib import contextmanager
 
-    from groupnorm.files.atomic import PendingFile
+    from groupnorm._core.atomic import PendingFile
 
     @contextmanager
     def opened() -> Any:
@@ -169,9 +169,9 @@ def _written(output: Path | None) -> Any:
 
 
 def _draw(pending: Any, found: dict[str, Any]) -> None:
+    from groupnorm._core.atomic import commit
     from groupnorm.analysis.batch_noise import SOURCE
     from groupnorm.analysis.noise_picture import draw_noise
-    from groupnorm.files.atomic import commit
 
     try:
         with pending.writing():

@@ -3,6 +3,8 @@
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from groupnorm.analysis.model_layers import import_torch
@@ -25,21 +27,16 @@ def make_model(spec: str) -> Any:
         raise OptionError(f"--model must be module:factory, such as mynet:build: got {spec!r}")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # as python -m has it, and the command groupnorm has not
-    try:
+    with _errors(f"--model {spec}: {module} cannot be imported"):
         found: Any = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        raise OptionError(f"--model {spec}: {module} cannot be imported: {_said(error)}") from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise OptionError(f"--model {spec}: {module} has no {name}")
-        found = getattr(found, part)
+    with _errors(f"--model {spec}: {module} has no {name}"):
+        for part in name.split("."):
+            found = getattr(found, part)
     if not isinstance(found, torch.nn.Module):
         if not callable(found):
             raise OptionError(f"--model {spec}: {name} is {_kind(found)}, neither a factory nor a torch.nn.Module")
-        try:
+        with _errors(f"--model {spec}: {name}() raised"):
             found = found()
-        except (Exception, SystemExit) as error:
-            raise OptionError(f"--model {spec}: {name}() raised {_said(error)}") from error
     if not isinstance(found, torch.nn.Module):
         raise OptionError(f"--model {spec}: {name}() gave {_kind(found)}, no torch.nn.Module")
     return found
@@ -60,8 +57,24 @@ def example_input(text: str) -> Any:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+@contextmanager
+def _errors(what: str) -> Iterator[None]:
+    """Whatever somebody's code raises as one OptionError; what it prints goes to stderr, as stdout is for answers."""
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise OptionError(f"{what}: {_said(error)}") from error
+
+
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")
+    try:
+        text = str(error)
+    except Exception:
+        text = "its text cannot be made"
+    return f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 def _kind(value: Any) -> str:

@@ -41,6 +41,9 @@ def style(
         raise OptionError(f"--strength must be between 0 (content) and 1 (style): got {strength}")
     if (content is None) != (style is None):
         raise OptionError(f"give two pictures, CONTENT and STYLE, or none: got only {content or style}")
+    for given in filter(None, (content, style)):
+        if output.exists() and Path(given).exists() and output.samefile(given):
+            raise OptionError(f"--output {output} is one of the pictures; choose another name")
     pictures, titles = _pictures(content, style)
     console = new_console(stderr=json)
     wanted = dict.fromkeys((subbands.CHANNELS, groups, 1))
@@ -72,7 +75,7 @@ def _pending(output: Path) -> Any:
     """The file on its way to `output`; closed without a trace unless the block commits it."""
     from contextlib import contextmanager
 
-    from groupnorm.files.atomic import PendingFile
+    from groupnorm._core.atomic import PendingFile
 
     @contextmanager
     def opened() -> Any:
@@ -88,8 +91,8 @@ def _pending(output: Path) -> Any:
 
 
 def _draw(pending: Any, found: Any, strength: float, titles: tuple[str, str]) -> None:
+    from groupnorm._core.atomic import commit
     from groupnorm.analysis.style_picture import draw_style
-    from groupnorm.files.atomic import commit
 
     with pending.writing():
         draw_style(pending.file, found, strength, titles)

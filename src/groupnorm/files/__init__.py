@@ -7,7 +7,7 @@ stream.py    the road from call to report: checks, then reading, computing and w
 boxes.py     how an array is cut so that each part fits in memory
 work.py      what is computed on one part, in one pass or in several
 source.py    an array in a file, read by ranges        npy.py      the header of a .npy file
-sink.py      an array written to a file, in order      atomic.py   a file that appears whole or not at all
+sink.py      an array written to a file, in order
 report.py    what was moved, how fast, and what was the bound
 """
 

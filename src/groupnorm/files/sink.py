@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from groupnorm._core.atomic import PendingFile
 from groupnorm.errors import FileError
 from groupnorm.files import npy
-from groupnorm.files.atomic import PendingFile
 from groupnorm.files.npy import Form
 from groupnorm.files.source import locate
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from groupnorm._core.atomic import PendingFile, commit
 from groupnorm._core.layout import channel_axis
 from groupnorm._core.problem import check_activation, check_eps, check_num_groups
 from groupnorm.errors import DtypeError, FileError, OptionError, ShapeError
-from groupnorm.files.atomic import PendingFile, commit
 from groupnorm.files.boxes import Box, Grid, size
 from groupnorm.files.report import Report, Timeline
 from groupnorm.files.sink import Sink, write_arrays

@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows: what a killed process leaves stays until someone removes it
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["SUFFIX", "PendingFile", "commit"]
+__all__ = ["SUFFIX", "PendingFile", "commit", "write_whole"]
 
 SUFFIX = ".groupnorm-partial"  # temporary names are .TARGET.RANDOM + SUFFIX
 
@@ -131,3 +131,14 @@ def commit(files: Sequence[PendingFile]) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def write_whole(target: str | os.PathLike[str], data: bytes) -> None:
+    """Write a small file in one go. Raises FileError as `PendingFile` does; then nothing is left behind."""
+    pending = PendingFile(target)
+    try:
+        with pending.writing():
+            pending.file.write(data)
+        commit([pending])
+    finally:
+        pending.discard()
