@@ -74,6 +74,14 @@ def test_many_draws(engine: Engine, layout: str, positions: int, channels: int, 
     check_forward(engine, draw(Case((40, channels, positions), groups, layout=layout)))
 
 
+@pytest.mark.parametrize("positions", [33, 600, 1030])
+def test_first_elements_far_from_the_mean(engine: Engine, layout: str, positions: int) -> None:
+    """Each group begins 3.9 standard deviations off: near enough that no unit is read twice for it."""
+    drawn = draw(Case((20, 64, positions), 64, layout=layout, weight=None, bias=None))
+    (drawn.x if layout == "NCHW" else np.moveaxis(drawn.x, -1, 1))[:, :, 0] = 3.9
+    check_forward(engine, drawn)
+
+
 @pytest.mark.parametrize("name", ["NC", "NCL", "NCHW", "NCDHW", "NLC", "NHWC", "NDHWC"])
 def test_spellings_of_layouts(engine: Engine, layout: str, name: str) -> None:
     rank = 4 if name in LAYOUTS else len(name)

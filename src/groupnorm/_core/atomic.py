@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows: what a killed process leaves stays until someone removes it
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["SUFFIX", "PendingFile", "commit", "write_whole"]
+__all__ = ["SUFFIX", "PendingFile", "commit", "pending_file", "write_whole"]
 
 SUFFIX = ".groupnorm-partial"  # temporary names are .TARGET.RANDOM + SUFFIX
 
@@ -133,12 +133,19 @@ def commit(files: Sequence[PendingFile]) -> None:
                 os.close(descriptor)
 
 
-def write_whole(target: str | os.PathLike[str], data: bytes) -> None:
-    """Write a small file in one go. Raises FileError as `PendingFile` does; then nothing is left behind."""
+@contextlib.contextmanager
+def pending_file(target: str | os.PathLike[str]) -> Iterator[PendingFile]:
+    """A PendingFile that leaves no trace unless the block commits it."""
     pending = PendingFile(target)
     try:
+        yield pending
+    finally:
+        pending.discard()
+
+
+def write_whole(target: str | os.PathLike[str], data: bytes) -> None:
+    """Write a small file in one go. Raises FileError as `PendingFile` does; then nothing is left behind."""
+    with pending_file(target) as pending:
         with pending.writing():
             pending.file.write(data)
         commit([pending])
-    finally:
-        pending.discard()

@@ -20,6 +20,7 @@ from groupnorm._core.group_counts import (
 )
 from groupnorm._core.layout import LAYOUTS
 from groupnorm._core.problem import DTYPES
+from groupnorm._core.traffic import ITEM_BYTES
 from groupnorm.analysis import advice_text, circumstances
 from groupnorm.analysis.circumstances import NormError, TrainingCost
 from groupnorm.analysis.published import CONFIGURATIONS, SOURCES
@@ -43,8 +44,6 @@ VECTOR_BYTES = 16
 MAX_CHANNELS = 1 << 24
 MAX_ELEMENTS = 1 << 62
 MAX_CHOICES = 16
-
-_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +143,14 @@ def advise(
     tried = [_Tried(groups, roofline(shape, groups, dtype=dtype, layout="NHWC" if last else "NCHW", machine=machine))
              for groups in _candidates(channels)]  # fmt: skip
     fastest_s = min(one.time_s for one in tried)
-    layer = _Layer(channels, sizes, task, _ITEMSIZE[dtype], last)
+    layer = _Layer(channels, sizes, task, ITEM_BYTES[dtype], last)
     choices = sorted((_choice(layer, one, fastest_s) for one in tried), key=_order)
     positions = math.prod(sizes)
     return Advice(
         channels, sizes, batch, task, dtype, layout, tried[0].roof.machine.name, tried[0].roof.time_s,
         tried[0].roof.bound, tuple(choices), circumstances.norm_errors(batch),
         circumstances.instead(channels, positions, batch, task),
-        circumstances.training_cost(batch, channels, positions, choices[0].num_groups, _ITEMSIZE[dtype]),
+        circumstances.training_cost(batch, channels, positions, choices[0].num_groups, ITEM_BYTES[dtype]),
         circumstances.general_warnings(),
     )  # fmt: skip
 

@@ -75,8 +75,9 @@ def _summary(records: list[Record], figures: Mapping[str, MachineFigures]) -> st
     return (
         f"{machine_name(compared[0].record)}, {len(compared)} pieces of work: the bound is no longer than the measured "
         f"time in {below} of them (nearest: {100 * nearest.bound_ratio:.0f} %, {nearest.record.case} "
-        f"{short(nearest.record)} {nearest.record.direction}). The prediction is off by "
-        f"{100 * median(errors):.0f} % in the median, and by at most 25 % in {within}."
+        f"{short(nearest.record)} {nearest.record.direction}). The prediction, "
+        f"which was fitted to these records, is off by {100 * median(errors):.0f} % in the median, and by at most 25 % "
+        f"in {within}."
     )
 
 

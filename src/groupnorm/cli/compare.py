@@ -148,24 +148,15 @@ def _torch_layers(x: Any, G: int, weight: Any, bias: Any) -> dict[str, Any]:
 
 def _written(output: Path | None) -> Any:
     """The file on its way to `output`, or None; without a trace unless the block commits it."""
-    from contextlib import contextmanager
+    from contextlib import nullcontext
 
-    from groupnorm._core.atomic import PendingFile
+    from groupnorm._core.atomic import pending_file
 
-    @contextmanager
-    def opened() -> Any:
-        if output is None:
-            yield None
-            return
-        if output.suffix.lower() != ".png":
-            raise FileError(f"--output must end in .png: got {output}")
-        pending = PendingFile(output)
-        try:
-            yield pending
-        finally:
-            pending.discard()
-
-    return opened()
+    if output is None:
+        return nullcontext()
+    if output.suffix.lower() != ".png":
+        raise FileError(f"--output must end in .png: got {output}")
+    return pending_file(output)
 
 
 def _draw(pending: Any, found: dict[str, Any]) -> None:

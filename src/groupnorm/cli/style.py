@@ -73,21 +73,11 @@ def _pictures(content: str | None, style: str | None) -> tuple[tuple[Any, Any], 
 
 def _pending(output: Path) -> Any:
     """The file on its way to `output`; closed without a trace unless the block commits it."""
-    from contextlib import contextmanager
+    from groupnorm._core.atomic import pending_file
 
-    from groupnorm._core.atomic import PendingFile
-
-    @contextmanager
-    def opened() -> Any:
-        if output.suffix.lower() != ".png":
-            raise FileError(f"--output must end in .png: got {output}")
-        pending = PendingFile(output)
-        try:
-            yield pending
-        finally:
-            pending.discard()
-
-    return opened()
+    if output.suffix.lower() != ".png":
+        raise FileError(f"--output must end in .png: got {output}")
+    return pending_file(output)
 
 
 def _draw(pending: Any, found: Any, strength: float, titles: tuple[str, str]) -> None:

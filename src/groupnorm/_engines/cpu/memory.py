@@ -178,7 +178,7 @@ def _decode(builder: Any, element: str, raw: Any) -> Any:
 def _encode(context: Any, builder: Any, element: str, value: Any) -> Any:
     """Lane value(s) to the stored element: round to nearest even; a NaN stays a NaN.
 
-    bfloat16 is rounded by one instruction where there is one (AVX-512 BF16, nine otherwise: forward in cache 1.3 to 1.5
+    bfloat16 is rounded by one instruction where there is one (AVX-512 BF16, nine otherwise: forward in cache 1.2 to 1.4
     times as fast with it). It writes zero for what is below 2^-126, the smallest normal number.
     """
     vector = isinstance(value.type, ir.VectorType)
