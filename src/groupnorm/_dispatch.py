@@ -1,5 +1,6 @@
 """Which engine takes a problem: a table, and one function that reads it."""
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +12,7 @@ __all__ = ["ENGINES", "choose", "engine"]
 ENGINES = {  # name -> module; an engine is imported when it is first chosen
     "cpu": "groupnorm._engines.cpu",
     "reference": "groupnorm._engines.reference",
-    "gpu": None,  # takes tensors that live on a GPU, so it is never chosen for NumPy arrays
+    "gpu": "groupnorm._engines.gpu",  # for arrays that live on a GPU; None never means this one
 }
 
 
@@ -19,21 +20,20 @@ def engine(name: Any) -> Any:
     """The engine's module; OptionError for an unknown name, EngineError for one that is not here."""
     if not isinstance(name, str) or name not in ENGINES:
         raise OptionError(f"impl must be one of None, {', '.join(ENGINES)}: got {name!r}; None picks the fastest")
-    module = ENGINES[name]
-    if module is None:
-        raise EngineError(f'impl="{name}" takes arrays in GPU memory: got a NumPy array in host memory; use "cpu"')
     try:
-        return import_module(module)
+        return import_module(ENGINES[name])
     except ImportError as error:
-        raise EngineError(
-            f'impl="{name}" could not be loaded ({error}); reinstall groupnorm, or use impl="reference"'
-        ) from error
+        what = "install Triton: pip install 'groupnorm[gpu]'" if name == "gpu" else "reinstall groupnorm"
+        raise EngineError(f'impl="{name}" could not be loaded ({error}); {what}, or use another impl') from error
 
 
-def choose(problem: Problem, impl: str | None, num_threads: int) -> tuple[Any, Any]:
+def choose(problem: Problem, impl: str | None, num_threads: int, *, on_gpu: bool = False) -> tuple[Any, Any]:
     """The engine (a module) that will take the problem, and its plan. A named engine is obeyed or refused, never
-    replaced.
+    replaced. on_gpu: where the arrays are; Triton's interpreter takes those in host memory for the GPU engine.
     """
+    if impl == "gpu" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise EngineError('impl="gpu" takes arrays in GPU memory: got one in host memory; use "cpu", or move it to the '
+                          "GPU and call groupnorm.torch")  # fmt: skip
     chosen = engine("cpu" if impl is None else impl)
     refusal = chosen.supports(problem)
     if refusal is not None:

@@ -82,7 +82,11 @@ def _cpu_name() -> str:
     name = (
         found.group(1) if found else _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
     )
-    return re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|@.*$", " ", name).replace("  ", " ").strip() or "unknown"
+    name = re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|@.*$", " ", name).replace("  ", " ").strip() or "unknown"
+    kind = [re.search(rf"^{key}\s*:\s*(\d+)$", text, re.MULTILINE) for key in ("cpu family", "model")]
+    if not re.search(r"\d", name) and all(kind):  # virtual machines hide which one it is: results would mix
+        name += f" family {kind[0][1]} model {kind[1][1]}"  # type: ignore[index]
+    return name
 
 
 def _sysctl(key: str) -> str:

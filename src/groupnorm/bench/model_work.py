@@ -48,7 +48,7 @@ def model_works(
                 for memory_format in memory_formats:
                     if mode in case.sizes and dtype in case.dtypes:
                         size = "tiny" if tiny else case.sizes[mode]
-                        wanted = compiled and mode in case.compiled
+                        wanted = compiled and case.compiled
                         yield ModelWork(case, mode, size, dtype, memory_format, wanted, threads)
 
 

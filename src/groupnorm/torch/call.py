@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import ml_dtypes
-import numpy as np
 import torch
 from torch._prims_common import suggest_memory_format
 
@@ -21,6 +19,7 @@ from groupnorm._core import buffers
 from groupnorm._core.arguments import Call, Options, prepare
 from groupnorm._dispatch import choose
 from groupnorm.errors import ShapeError
+from groupnorm.torch import gpu
 from groupnorm.torch.checks import check
 from groupnorm.torch.road import is_plain
 
@@ -29,7 +28,6 @@ __all__ = ["Gradients", "Kind", "backward", "empty_result", "forward", "kind_of"
 Tensor = Any
 
 _KINDS_KEPT = 4096  # a program with more kinds of call than this starts over
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _STATS = {torch.float64: torch.float64}  # the type of mean and rstd where it is not float32
 _kinds: dict[Any, "Kind"] = {}
 _get_num_threads = torch.get_num_threads
@@ -50,6 +48,7 @@ class Kind:
     stats_shape: tuple[int, ...] = ()  # mean and rstd together
     stats_dtype: Any = None
     stats_bytes: int = 0  # of mean alone
+    device: Any = None  # where they lie, None for host memory
     large: bool = False  # results lie in recycled memory
     alike: bool = False  # `torch.empty_like` makes them
     usual: bool = False  # without scale, shift, residual and mask
@@ -79,9 +78,10 @@ def kind_of(
             # What `_form` gives, for the usual tensors without its calls: 16 KB take 2.5 us, and this 1.6.
             key: Any = (
                 num_groups, num_groups.__class__, eps, activation, _get_num_threads(),
-                x.__class__, x.dtype, x.is_cpu, x.is_neg(), x.shape, x.stride(),
-                weight.__class__, weight.dtype, weight.is_cpu, weight.is_neg(), weight.shape, weight.stride(),
-                bias.__class__, bias.dtype, bias.is_cpu, bias.is_neg(), bias.shape, bias.stride(),
+                x.__class__, x.dtype, x.is_cpu or x.device, x.is_neg(), x.shape, x.stride(),
+                weight.__class__, weight.dtype, weight.is_cpu or weight.device, weight.is_neg(), weight.shape,
+                weight.stride(), bias.__class__, bias.dtype, bias.is_cpu or bias.device, bias.is_neg(), bias.shape,
+                bias.stride(),
             )  # fmt: skip
         else:
             tensors = (x, weight, bias, scale, shift, residual, mask, out)
@@ -133,7 +133,7 @@ def forward(
         y, fresh = _empty(kind, x)
     found, mean, rstd = None, 0, 0
     if stats:
-        found = torch.empty(kind.stats_shape, dtype=kind.stats_dtype)
+        found = torch.empty(kind.stats_shape, dtype=kind.stats_dtype, device=kind.device)
         mean = found.data_ptr()
         rstd = mean + kind.stats_bytes
     if kind.usual:
@@ -152,7 +152,7 @@ def backward(
     """The gradients of x, weight, bias, scale, shift and residual, those that `needs` marks, in their types. `of` is
     the kind of the forward, whose tensors these are, `stats` what it gave.
     """
-    key = needs, dy.dtype, dy.is_cpu, dy.is_neg(), dy.stride()
+    key = needs, dy.dtype, dy.is_cpu or dy.device, dy.is_neg(), dy.stride()
     kind = of.backwards.get(key)
     if kind is None:
         tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
@@ -197,7 +197,7 @@ def _stats_of_nothing(kind: Kind, x: Tensor) -> Tensor:
     """mean 0 and rstd of variance 0."""
     shape, dtype = (x.shape[0], kind.num_groups), _STATS.get(x.dtype, torch.float32)
     rstd = math.inf if kind.eps == 0 else kind.eps**-0.5
-    return torch.stack((torch.zeros(shape, dtype=dtype), torch.full(shape, rstd, dtype=dtype)))
+    return torch.stack((x.new_zeros(shape, dtype=dtype), x.new_full(shape, rstd, dtype=dtype)))
 
 
 def empty_result(x: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def moments(x: Tensor, num_groups: int, mask: Tensor) -> Tensor:
     if kind.convert:
         _convert(kind, tensors)
         return moments(tensors["x"], num_groups, tensors["mask"])
-    found = torch.empty((x.shape[0], num_groups, 3), dtype=torch.float64)
+    found = x.new_empty((x.shape[0], num_groups, 3), dtype=torch.float64)
     if kind.run is None:
         return found.zero_()
     kind.run(False, _at(x), 0, 0, 0, 0, 0, 0, _at(mask), 0, 0, found.data_ptr())
@@ -249,7 +249,8 @@ def _form(tensor: Tensor) -> Any:
     if tensor is None:
         return None
     try:
-        return tensor.__class__, tensor.dtype, tensor.is_cpu, tensor.is_neg(), tensor.shape, tensor.stride()
+        return (tensor.__class__, tensor.dtype, tensor.is_cpu or tensor.device, tensor.is_neg(), tensor.shape,
+                tensor.stride())  # fmt: skip
     except (AttributeError, RuntimeError):  # no tensor, a sparse one, a nested one
         return object()
 
@@ -268,6 +269,12 @@ def _learn(options: Options, tensors: dict[str, Tensor], dx: bool = True) -> Kin
         _at(tensor)
     memory_format = suggest_memory_format(x)
     strides = empty_result(x.to("meta")).stride()
+    kind = Kind(options.num_groups, options.eps, options.activation, True, frozenset(), memory_format, strides)
+    if not x.is_cpu:
+        found = gpu.fit(options, tensors, dx)
+        if found.plan is None:
+            return replace(kind, convert=found.convert)
+        return _planned(kind, tensors, found.engine, found.plan, large=False, device=x.device)
     arrays = {name: _view(tensor) for name, tensor in tensors.items()}
     call, given = prepare(options, arrays)
     convert = {name for name in given if given[name] is not arrays[name]}
@@ -281,20 +288,23 @@ def _learn(options: Options, tensors: dict[str, Tensor], dx: bool = True) -> Kin
         convert |= {"out"}
     if not x.numel():
         convert = set()
-    kind = Kind(options.num_groups, options.eps, options.activation, True, frozenset(convert), memory_format, strides)
-    if not convert and x.numel():
-        p = replace(call.problem, dx=dx)
-        engine, plan = choose(p, None, torch.get_num_threads())
-        stats = _STATS.get(x.dtype, torch.float32)
-        large = x.nbytes >= buffers.LARGE
-        usual = all(tensors.get(name) is None for name in ("scale", "shift", "residual", "mask"))
-        alike = not large and torch.empty_like(x).stride() == strides
-        both = tensors.get("weight") is not None and tensors.get("bias") is not None
-        short = usual and alike and both and out is None
-        kind = replace(kind, run=partial(engine.run_at, plan), stats_shape=(2, p.N, p.G), stats_dtype=stats,
-                       stats_bytes=p.N * p.G * stats.itemsize, large=large, usual=usual, alike=alike,
-                       short=short)  # fmt: skip
-    return kind
+    if convert or not x.numel():
+        return replace(kind, convert=frozenset(convert))
+    engine, plan = choose(replace(call.problem, dx=dx), None, torch.get_num_threads())
+    return _planned(kind, tensors, engine, plan, large=x.nbytes >= buffers.LARGE, device=None)
+
+
+def _planned(kind: Kind, tensors: dict[str, Tensor], engine: Any, plan: Any, *, large: bool, device: Any) -> Kind:
+    """The kind of call that an engine does with a plan."""
+    x, p = tensors["x"], plan.problem
+    stats = _STATS.get(x.dtype, torch.float32)
+    usual = all(tensors.get(name) is None for name in ("scale", "shift", "residual", "mask"))
+    alike = not large and torch.empty_like(x).stride() == kind.strides
+    both = tensors.get("weight") is not None and tensors.get("bias") is not None
+    short = usual and alike and both and tensors.get("out") is None
+    return replace(kind, run=partial(engine.run_at, plan), stats_shape=(2, p.N, p.G), stats_dtype=stats,
+                   stats_bytes=p.N * p.G * stats.itemsize, device=device, large=large, usual=usual, alike=alike,
+                   short=short)  # fmt: skip
 
 
 def _lies_so(call: Call, strides: tuple[int, ...]) -> bool:
@@ -346,7 +356,9 @@ def _view(tensor: Tensor) -> Any:
     if tensor.is_neg():  # of which only the shape and the strides are looked at
         tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(_BFLOAT16)
+        import ml_dtypes  # which CUDA tensors do without
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from groupnorm.errors import OptionError
-from groupnorm.torch import call, composite, ops
+from groupnorm.torch import call, composite, gpu, ops
 from groupnorm.torch.autocast import cast
 from groupnorm.torch.autograd import Differentiable
 from groupnorm.torch.checks import check
@@ -65,7 +65,7 @@ def _followed(
     """y in operations that whoever follows can see: one operator for compilers, the composite for the others."""
     exporting = torch.onnx.is_in_onnx_export()
     compiling = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if compiling and out is None and x.is_cpu and not exporting:
+    if compiling and out is None and (x.is_cpu or (x.is_cuda and gpu.is_here())) and not exporting:
         return ops.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
     check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     if out is not None and asks_for_gradient(x, weight, bias, scale, shift, residual):

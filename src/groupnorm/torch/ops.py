@@ -95,8 +95,9 @@ def _differentiate(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None,
     return dx, None, dweight, dbias, None, None, dscale, dshift, dresidual, None
 
 
-_library.impl("group_norm", _forward, "CPU")
-_library.impl("group_norm_backward", _backward, "CPU")
+for _key in ("CPU", "CUDA"):
+    _library.impl("group_norm", _forward, _key)
+    _library.impl("group_norm_backward", _backward, _key)
 torch.library.register_fake("groupnorm::group_norm", _forward_fake, lib=_library)
 torch.library.register_fake("groupnorm::group_norm_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("groupnorm::group_norm", _differentiate, setup_context=_setup_context, lib=_library)

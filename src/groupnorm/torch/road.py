@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from groupnorm.torch import gpu
+
 __all__ = ["asks_for_gradient", "is_followed", "is_plain"]
 
 Tensor = Any
@@ -16,12 +18,12 @@ _is_tracing = torch._C._is_tracing
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether these (or None) are dense tensors of PyTorch's own class in host memory, which an engine can read."""
+    """Whether these (or None) are dense tensors of PyTorch's own class, in memory that an engine can read."""
     return all(
         tensor is None
         or (
             tensor.__class__ in _PLAIN
-            and tensor.is_cpu
+            and (tensor.is_cpu or (tensor.is_cuda and gpu.is_here()))
             and tensor.layout is torch.strided
             and not tensor.is_nested
             and not tensor.is_quantized

@@ -1,0 +1,109 @@
+"""The GPU engine: kernels in Python, compiled by Triton.
+
+From outside in: `plan.py` decides how a problem is cut and in which regime it is done; `resident.py`, `split.py`,
+`ticketed.py` and `two_pass.py` are the regimes, `tiles.py`, `epilogue.py` and `sync.py` their parts, `parameters.py`
+the gradients of weight, bias, scale and shift; `launch.py`, `workspace.py` and `device.py` bring them to the GPU. How
+data goes through the chip: docs/gpu.md.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from groupnorm._core.problem import Problem
+from groupnorm._engines.gpu.device import current_device, current_stream, on_device
+from groupnorm._engines.gpu.launch import TooLargeError, run
+from groupnorm._engines.gpu.plan import Plan, make_plan, refusal
+from groupnorm._engines.gpu.workspace import workspace
+
+__all__ = ["backward", "forward", "plan", "run_at", "supports"]
+
+_INSTEAD = "instead"  # where a plan keeps the one that takes its place
+
+
+def supports(problem: Problem) -> str | None:
+    """None, or the reason why it cannot take this problem: sizes of groups that differ, or arrays with gaps."""
+    return refusal(problem)
+
+
+def plan(problem: Problem, num_threads: int) -> Plan:
+    """The plan for the current device; `num_threads` is for engines that have threads."""
+    return make_plan(problem, current_device())
+
+
+def forward(
+    plan: Plan, x: Any, y: Any, weight: Any, bias: Any, scale: Any, shift: Any, residual: Any, mask: Any, mean: Any,
+    rstd: Any, moments: Any,
+) -> None:  # fmt: skip
+    """Fill y, and mean and rstd or moments where given: arrays in host memory, for Triton's interpreter."""
+    given = (x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments)
+    if not plan.launches:
+        _fill_empty(plan, mean, rstd, (moments,))
+    else:
+        run_at(plan, False, *map(_at, given))
+
+
+def backward(
+    plan: Plan, dy: Any, x: Any, dx: Any, weight: Any, bias: Any, scale: Any, shift: Any, residual: Any, mask: Any,
+    mean: Any, rstd: Any, dweight: Any, dbias: Any, dscale: Any, dshift: Any, dresidual: Any,
+) -> None:  # fmt: skip
+    """Fill dx and every other gradient that is given: arrays in host memory, for Triton's interpreter."""
+    if not plan.launches:
+        _fill_empty(plan, None, None, (dweight, dbias, dscale, dshift))
+        return
+    given = (x, None, weight, bias, scale, shift, residual, mask, mean, rstd, None, dy, dx, dweight, dbias, dscale,
+             dshift, dresidual)  # fmt: skip
+    run_at(plan, False, *map(_at, given))
+
+
+def run_at(
+    plan: Plan, fresh: bool, x: int, y: int, weight: int, bias: int, scale: int, shift: int, residual: int, mask: int,
+    mean: int, rstd: int, moments: int = 0, dy: int = 0, dx: int = 0, dweight: int = 0, dbias: int = 0, dscale: int = 0,
+    dshift: int = 0, dresidual: int = 0, low: int = 0,
+) -> None:  # fmt: skip
+    """Forward or backward, whatever the plan is for, on addresses in the device's memory, 0 where there is no such
+    array, on its current stream. For a plan that has launches. `fresh` is for engines that write past caches.
+    """
+    plan = plan.ready.get(_INSTEAD, plan)
+    device = plan.device.index
+    with on_device(device):
+        stream = current_stream(device)
+        counters = partials = sums = totals = 0
+        alive: Any = None
+        if plan.counters:
+            counters = workspace(device).counters(plan.counters, stream)
+        if plan.floats:
+            size = plan.float_bytes
+            partials, alive = workspace(device).scratch(size * plan.floats)
+            sums = partials + size * plan.partials
+            totals = sums + size * plan.sums
+            if plan.statistics_kept and not mean:
+                groups = size * plan.problem.N * plan.problem.G
+                mean = totals + size * plan.totals
+                rstd, low = mean + groups, mean + 2 * groups
+        if plan.statistics is not None:
+            run_at(plan.statistics, fresh, x, 0, 0, 0, 0, 0, 0, mask, mean, rstd, low=low)
+        try:
+            run(plan, (x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias,
+                       dscale, dshift, dresidual, counters, partials, sums, totals, low), device, stream)  # fmt: skip
+        except TooLargeError:  # other programs hold a part of the device: from now on without cooperative launches
+            plan.ready[_INSTEAD] = make_plan(plan.problem, plan.device, cooperative=False)
+            run_at(plan, fresh, x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight,
+                   dbias, dscale, dshift, dresidual, low)  # fmt: skip
+    del alive  # whoever gets this memory now works on this stream, behind these launches
+
+
+def _at(array: Any) -> int:
+    """Where an array in host memory begins, which nothing but the interpreter can use."""
+    return 0 if array is None else int(array.ctypes.data)
+
+
+def _fill_empty(plan: Plan, mean: Any, rstd: Any, zeros: tuple[Any, ...]) -> None:
+    """Results for a problem without elements: mean 0, variance 0, gradients 0."""
+    if mean is not None:
+        mean[...] = 0
+        with np.errstate(divide="ignore"):
+            rstd[...] = 1 / np.sqrt(np.float64(plan.problem.eps))
+    for array in zeros:
+        if array is not None:
+            array[...] = 0

@@ -1,0 +1,320 @@
+"""How a problem will be done: a pure function from (problem, device) to a Plan that explains itself.
+
+Groups are taken up in slabs, slabs are cut into parts (see `tiles.py`), and the regime follows from how large a slab
+is:
+
+    resident   it fits one program                     x is read once
+    split      it fits all programs of the device      x is read once, programs wait for each other
+    ticketed   it fits L2                              x is read twice, once from memory
+    two_pass   it is larger than that                  x is read twice
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from groupnorm._core.problem import Problem
+from groupnorm._engines.gpu.compiler import INTERPRETED
+from groupnorm._engines.gpu.cut import (
+    MOST_PARTS,
+    MOST_WARPS,
+    Cut,
+    above,
+    cut_busily,
+    cut_slabs,
+    groups_of_slab,
+    held_elements,
+    layout_of,
+    most_held,
+    vector_of,
+    wants_sums,
+    warps_for,
+)
+from groupnorm._engines.gpu.device import Device
+from groupnorm.errors import EngineError
+
+__all__ = ["REGIMES", "Launch", "Plan", "make_plan", "refusal"]
+
+REGIMES = ("resident", "split", "ticketed", "two_pass")
+
+_REGISTERS = 128
+_SUM_ROWS, _SUM_CHANNELS = 256, 8  # the tile of the kernels that sum up gradients of parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch: a kernel by name, its grid, the numbers it is given, and those it is compiled for."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    numbers: dict[str, int]
+    constants: dict[str, Any]
+    warps: int
+    without: tuple[str, ...] = ()  # arrays of the call that this launch is not given
+    cooperative: bool = False
+    most_registers: int | None = None  # of a thread, where the plan counts on so many programs at once
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the GPU engine does a problem: launches in order, and the memory they need beside the arrays of the call."""
+
+    problem: Problem
+    device: Device
+    regime: str
+    reasons: tuple[str, ...]
+    launches: tuple[Launch, ...]
+    counters: int = 0  # int32 numbers, 0 before and after
+    partials: int = 0  # numbers in the type of the arithmetic
+    sums: int = 0
+    totals: int = 0
+    statistics: "Plan | None" = None  # backward without given statistics: what computes them first
+    statistics_kept: bool = False  # mean, low and rstd have to be kept, whether or not the call wants them
+    float_bytes: int = 4  # of one number in the type of the arithmetic
+    ready: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what `launch.py` keeps
+
+    def __str__(self) -> str:
+        p = self.problem
+        lines = [
+            f"{p.task}: N={p.N} C={p.C} S={p.S} G={p.G}, {p.dtype}, channels {'last' if p.channels_last else 'first'}",
+            f"device: {self.device.name}, {self.device.multiprocessors} multiprocessors",
+            f"regime: {self.regime}",
+            *(f"  because {reason}" for reason in self.reasons),
+            *(f"launch {i}: {x.kernel}, grid {'x'.join(map(str, x.grid))}, {x.warps} warps"
+              f"{', cooperative' * x.cooperative}" for i, x in enumerate(self.launches, 1)),
+            f"memory beside the arrays: {4 * self.counters + self.float_bytes * self.floats} bytes",
+        ]  # fmt: skip
+        return "\n".join(lines)
+
+    @property
+    def floats(self) -> int:
+        """Numbers in the type of the arithmetic that lie beside the arrays of the call."""
+        kept = 3 * self.problem.N * self.problem.G if self.statistics_kept else 0
+        return self.partials + self.sums + self.totals + kept
+
+
+def refusal(p: Problem) -> str | None:
+    """Why the engine cannot take a problem, or None."""
+    if p.uneven and p.C % p.G:
+        return f"groups must be of one size: got {p.C} channels in {p.G} groups"
+    if p.channels_last:
+        dense = {"n": p.S * p.C, "c": 1, "s": p.C}
+    else:
+        dense = {"n": p.C * p.S, "c": p.S, "s": 1}
+    sizes = {"n": p.N, "c": p.C, "s": p.S}
+    for name, walk in p.walks.items():
+        steps = {"n": walk.n, "c": walk.c, "s": walk.s}
+        if p.N * p.S and any(sizes[axis] > 1 and steps[axis] != dense[axis] for axis in "ncs"):
+            return f"{name} must be dense, and lie in memory as x does: got the steps {tuple(walk)}"
+    return None
+
+
+def make_plan(p: Problem, device: Device, regime: str | None = None, *, cooperative: bool = True) -> Plan:
+    """The plan for a problem on a device; with a regime, in that one; `cooperative` False: without launches whose
+    programs must all run at the same time. Raises EngineError where the regime cannot be.
+    """
+    if p.N * p.S == 0:
+        return Plan(p, device, "empty", ("there are no elements",), ())
+    plan = next(iter(_plans(p, device, regime, cooperative)), None)
+    if plan is None:
+        raise EngineError(f"the {regime} regime cannot take this problem; use another one, or let the plan choose")
+    statistics = None
+    if p.task == "backward" and not p.stats:
+        moments = replace(p, task="moments", walks={"x": p.walks["x"]}, activation=None, weight=None, bias=None,
+                          scale=None, shift=None)  # fmt: skip
+        statistics = make_plan(moments, device)
+    kept = statistics is not None or (p.task == "forward" and plan.regime == "two_pass")
+    return replace(plan, statistics=statistics, statistics_kept=kept, float_bytes=8 if p.dtype == "float64" else 4)
+
+
+def _plans(p: Problem, device: Device, regime: str | None, cooperative: bool) -> Iterator[Plan]:
+    """The plans of each regime that can take the problem, the best one first."""
+    makers = {"resident": _resident, "split": _split, "ticketed": _ticketed, "two_pass": _two_pass}
+    for name in REGIMES:
+        if name == "split" and not cooperative:
+            continue
+        if regime in (None, name) and (p.task != "normalize" or name == "two_pass"):
+            plan = makers[name](p, device, forced=regime is not None)
+            if plan is not None:
+                yield plan
+
+
+# ---- what launches are told -----------------------------------------------------------------------------------------
+
+
+def _common(p: Problem, groups: int, rows: int, cols: int, layout: str) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "C": p.C, "G": p.G, "P": groups, "ROWS": rows, "COLS": cols, "GROUPS": above(groups), "LAYOUT": layout,
+        "EPS": p.eps, "ACTIVATION": p.activation,
+    }  # fmt: skip
+    if p.task == "backward":
+        del given["EPS"]
+    return given
+
+
+# ---- resident --------------------------------------------------------------------------------------------------------
+
+
+def _resident(p: Problem, device: Device, *, forced: bool) -> Plan | None:
+    backward = p.task == "backward"
+    most = most_held(p, device)
+    layout = layout_of(p)
+    if layout == "last":
+        groups = groups_of_slab(p, device)
+        rows, cols = above(groups * p.D), above(p.S)
+    else:
+        groups = 1
+        while (
+            groups < p.G
+            and 2 * groups * p.D * p.S <= held_elements(p, device.limits.together)
+            and p.N * -(-p.G // (2 * groups)) >= 2 * device.multiprocessors
+        ):
+            groups *= 2
+        flat = not wants_sums(p) and (p.S * p.itemsize % 16 > 0 or above(p.D) * above(p.S) >= 2 * p.D * p.S)
+        layout = "flat" if flat else "first"
+        rows, cols = (above(groups), above(p.D * p.S)) if flat else (above(groups * p.D), above(p.S))
+    if rows * cols > most:
+        return None
+    slabs = p.N * -(-p.G // groups)
+    constants = {"S": p.S, **_common(p, groups, rows, cols, layout)}
+    reasons = (f"{slabs} slabs of {groups} groups, {groups * p.D * p.S} elements each: at most {most} are held by one "
+               "program",)  # fmt: skip
+    if not backward:
+        launch = Launch("resident_forward", (slabs,), {}, constants, warps_for(device, rows * cols))
+        return Plan(p, device, "resident", reasons, (launch,))
+    launch = Launch("resident_backward", (slabs,), {"N": p.N}, constants, warps_for(device, 2 * rows * cols))
+    return _backward(p, device, "resident", reasons, [launch], across=1)
+
+
+# ---- slabs in parts --------------------------------------------------------------------------------------------------
+
+
+def _cut_constants(p: Problem, cut: Cut) -> dict[str, Any]:
+    return {
+        "VECTOR": vector_of(p), **_common(p, cut.groups, cut.rows, cut.cols, cut.layout), "BLOCK": above(cut.parts),
+    }  # fmt: skip
+
+
+def _partials(cut: Cut) -> int:
+    return cut.slabs * 4 * above(cut.groups) * above(cut.parts)
+
+
+def _tile_warps(p: Problem, device: Device, cut: Cut) -> int:
+    """Warps for a part. Channels last a thread holds half as much: with the sums by row and by group it would spill."""
+    arrays = (2 if p.task == "backward" else 1) * (2 if cut.layout == "last" else 1)
+    return warps_for(device, cut.rows * cut.cols * arrays)
+
+
+def _split(p: Problem, device: Device, *, forced: bool) -> Plan | None:
+    if p.task == "moments" or (p.task == "backward" and not p.dx):
+        return None
+    backward = p.task == "backward"
+    cut = cut_busily(p, device)
+    warps = _tile_warps(p, device, cut)
+    at_once = device.multiprocessors * max(1, MOST_WARPS // warps)
+    lanes = min(at_once // cut.parts, cut.slabs)
+    if lanes < 1 or cut.parts > MOST_PARTS or (not forced and lanes < min(device.limits.lanes, cut.slabs)):
+        return None
+    numbers = {"slabs": cut.slabs, "across": cut.across, "VECTORS": p.S // vector_of(p)}
+    reasons = (
+        f"{cut.slabs} slabs of {cut.parts} parts of {cut.rows * cut.cols} elements: the device holds {at_once} parts, "
+        f"so {lanes} slabs at a time",
+    )
+    phases = (1, 2) if INTERPRETED else (0,)
+    name = "split_backward" if backward else "split_forward"
+    constants = _cut_constants(p, cut)
+    if backward:
+        numbers["N"] = p.N
+    launches = [
+        Launch(name, (cut.parts, lanes), numbers, {**constants, "PHASE": phase}, warps, cooperative=phase == 0,
+               most_registers=_REGISTERS)
+        for phase in phases
+    ]  # fmt: skip
+    memory: dict[str, Any] = {"counters": lanes, "partials": _partials(cut)}
+    if not backward:
+        return Plan(p, device, "split", reasons, tuple(launches), **memory)
+    return _backward(p, device, "split", reasons, launches, cut.across, **memory)
+
+
+def _ticketed(p: Problem, device: Device, *, forced: bool) -> Plan | None:
+    if p.task == "moments" or (p.task == "backward" and not p.dx):
+        return None
+    backward = p.task == "backward"
+    limits = device.limits
+    cut = cut_slabs(p, device, held_elements(p, limits.part_backward if backward else limits.part))
+    slab_bytes = cut.groups * p.D * p.S * p.itemsize * (2 if backward else 1)
+    between = (limits.lag + 1) * slab_bytes
+    room = limits.in_l2 * device.l2_bytes
+    if cut.parts > MOST_PARTS or (not forced and between > room):
+        return None
+    warps = _tile_warps(p, device, cut)
+    programs = min(device.multiprocessors * max(1, 2 * MOST_WARPS // warps), cut.parts * cut.slabs)
+    numbers = {"slabs": cut.slabs, "parts": cut.parts, "across": cut.across, "lag": limits.lag,
+               "VECTORS": p.S // vector_of(p)}  # fmt: skip
+    if backward:
+        numbers["N"] = p.N
+    reasons = (
+        f"slabs of {cut.parts} parts are too large for {device.multiprocessors} multiprocessors to hold several",
+        f"{between} bytes lie between the two readings of a slab: L2 has room for {int(room)}",
+    )
+    name = "ticketed_backward" if backward else "ticketed_forward"
+    launches = [Launch(name, (programs,), numbers, _cut_constants(p, cut), warps)]
+    memory: dict[str, Any] = {"counters": cut.slabs + 1, "partials": _partials(cut)}
+    if not backward:
+        return Plan(p, device, "ticketed", reasons, tuple(launches), **memory)
+    return _backward(p, device, "ticketed", reasons, launches, cut.across, **memory)
+
+
+def _two_pass(p: Problem, device: Device, *, forced: bool) -> Plan:
+    backward = p.task == "backward"
+    limits = device.limits
+    cut = cut_slabs(p, device, held_elements(p, limits.part_backward if backward else limits.part))
+    wanted = limits.waves * device.multiprocessors
+    tiles = max(1, cut.parts * cut.slabs // wanted, -(-cut.parts // MOST_PARTS))
+    across = -(-cut.across // tiles)
+    parts = across * (cut.parts // cut.across)
+    warps = _tile_warps(p, device, cut)
+    vectors = p.S // vector_of(p)
+    constants = {**_cut_constants(p, cut), "BLOCK": above(parts)}
+    reading = {"parts": parts, "across": across, "tiles": tiles, "VECTORS": vectors}
+    writing = {"parts": cut.parts, "across": cut.across, "VECTORS": vectors}
+    plain = {name: value for name, value in constants.items() if name != "BLOCK"}
+    grids = (cut.slabs * parts,), (cut.slabs * cut.parts,)
+    reasons = (f"{cut.slabs} slabs of {cut.parts} parts: nothing on the chip holds them until they are read again",)
+    partials = cut.slabs * 4 * above(cut.groups) * above(parts)
+    if p.task == "normalize":
+        reasons = ("the statistics are given",)
+        return Plan(p, device, "two_pass", reasons, (Launch("apply_forward", grids[1], writing, plain, warps),))
+    if not backward:
+        first = {name: value for name, value in constants.items() if name != "ACTIVATION"}
+        launches = [Launch("moments_of_slabs", grids[0], reading, first, warps)]
+        if p.task == "moments":
+            reasons = ("nothing but the moments is wanted",)
+        else:
+            launches.append(Launch("apply_forward", grids[1], writing, plain, warps, without=("MOMENTS",)))
+        return Plan(p, device, "two_pass", reasons, tuple(launches), counters=cut.slabs, partials=partials)
+    launches = [Launch("sums_of_slabs", grids[0], {**reading, "N": p.N}, constants, warps)]
+    if p.dx:
+        launches.append(Launch("apply_gradient", grids[1], {**writing, "N": p.N}, plain, warps))
+    return _backward(p, device, "two_pass", reasons, launches, across, counters=cut.slabs, partials=partials,
+                     totals=3 * p.N * p.G if p.dx else 0)  # fmt: skip
+
+
+def _backward(
+    p: Problem, device: Device, regime: str, reasons: tuple[str, ...], launches: list[Launch], across: int,
+    **memory: Any,
+) -> Plan:  # fmt: skip
+    """The plan of a backward whose sums by channel come from `across` parts of each sample."""
+    sums = 2 * p.N * across * p.C if wants_sums(p) else 0
+    blocks = -(-p.C // _SUM_CHANNELS)
+    shape = {"C": p.C, "CHANNELS": _SUM_CHANNELS}
+    if p.weight or p.bias:
+        rows = p.N * across
+        numbers = {"rows": rows, "across": across}
+        constants = {**shape, "ROWS": min(_SUM_ROWS, above(rows))}
+        launches.append(Launch("parameter_gradients", (blocks,), numbers, constants, 4))
+    if p.scale or p.shift:
+        numbers = {"N": p.N, "across": across}
+        constants = {**shape, "ROWS": min(_SUM_ROWS, above(across))}
+        launches.append(Launch("sample_gradients", (blocks, p.N), numbers, constants, 4))
+    return Plan(p, device, regime, reasons, tuple(launches), sums=sums, **memory)

@@ -1,0 +1,1 @@
+"""The GPU engine compiled without a GPU, checked on one, and measured on one. Needs torch and Triton, nothing else."""
