@@ -11,6 +11,7 @@ observations:
   that formula happens to be nearly exact (few terms, or terms that cancel) two roundings of each term are allowed.
 """
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,7 +92,8 @@ class Engine:
         return gn.Moments(found[..., 0], found[..., 1], found[..., 2])
 
 
-ENGINES = [Engine("reference"), Engine("cpu")]
+# GROUPNORM_ENGINES=gpu TRITON_INTERPRET=1 pytest tests/test_contract*.py: the whole suite for the GPU engine, an hour.
+ENGINES = [Engine(name) for name in os.environ.get("GROUPNORM_ENGINES", "reference,cpu").split(",")]
 CPU = [engine for engine in ENGINES if engine.name == "cpu"]
 
 

@@ -270,7 +270,7 @@ def _learn(options: Options, tensors: dict[str, Tensor], dx: bool = True) -> Kin
     memory_format = suggest_memory_format(x)
     strides = empty_result(x.to("meta")).stride()
     kind = Kind(options.num_groups, options.eps, options.activation, True, frozenset(), memory_format, strides)
-    if not x.is_cpu:
+    if gpu.takes(x):
         found = gpu.fit(options, tensors, dx)
         if found.plan is None:
             return replace(kind, convert=found.convert)

@@ -16,11 +16,12 @@ from groupnorm._core.problem import Problem
 from groupnorm._dispatch import choose
 from groupnorm.errors import ShapeError
 
-__all__ = ["Fit", "fit", "is_here"]
+__all__ = ["Fit", "fit", "is_here", "takes"]
 
 Tensor = Any
 
 _LAST = (torch.channels_last, torch.channels_last_3d)
+_HOST_TOO = False  # for tests: Triton's interpreter takes tensors in host memory
 _SHAPED = ("x", "residual", "dy", "out")
 
 
@@ -34,6 +35,11 @@ def is_here() -> bool:
     warnings.warn("Triton is not installed: CUDA tensors go through PyTorch's own operations; "
                   "pip install 'groupnorm[gpu]'", RuntimeWarning, stacklevel=4)  # fmt: skip
     return False
+
+
+def takes(x: Tensor) -> bool:
+    """Whether x is the GPU engine's, not the CPU's."""
+    return bool(x.is_cuda) or _HOST_TOO
 
 
 @dataclass(frozen=True, slots=True)

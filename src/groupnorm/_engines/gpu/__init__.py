@@ -71,15 +71,18 @@ def run_at(
         counters = partials = sums = totals = 0
         alive: Any = None
         if plan.counters:
-            counters = workspace(device).counters(plan.counters, stream)
+            counters = workspace(device).counters(plan.counters, stream, barrier=plan.regime == "split")
         if plan.floats:
             size = plan.float_bytes
-            partials, alive = workspace(device).scratch(size * plan.floats)
-            sums = partials + size * plan.partials
-            totals = sums + size * plan.sums
+            begin, alive = workspace(device).scratch(size * plan.floats)
+            partials = begin if plan.partials else 0
+            begin += size * plan.partials
+            sums = begin if plan.sums else 0
+            begin += size * plan.sums
+            totals = begin if plan.totals else 0
             if plan.statistics_kept and not mean:
                 groups = size * plan.problem.N * plan.problem.G
-                mean = totals + size * plan.totals
+                mean = begin + size * plan.totals
                 rstd, low = mean + groups, mean + 2 * groups
         if plan.statistics is not None:
             run_at(plan.statistics, fresh, x, 0, 0, 0, 0, 0, 0, mask, mean, rstd, low=low)

@@ -1,4 +1,7 @@
-"""How much of a problem goes where: layouts of tiles, slabs, and how a slab is cut into parts."""
+"""How much of a problem goes where: layouts of tiles, slabs, and how a slab is cut into parts.
+
+Nothing here depends on N: a sample is cut in the same way alone and in a batch, so that it gives the same bits.
+"""
 
 from dataclasses import dataclass
 
@@ -59,7 +62,7 @@ def groups_of_slab(p: Problem, device: Device) -> int:
         even = p.G / (-(-p.G // groups) * groups)
         aligned = 1.0 if rows % vector == 0 or groups == p.G else 0.5
         wide = min(1.0, rows * p.itemsize / _NARROW)
-        busy = min(1.0, p.N * -(-p.G // groups) / device.multiprocessors) ** 0.5 if small else 1.0
+        busy = min(1.0, -(-p.G // groups) / device.multiprocessors) ** 0.5 if small else 1.0
         return fill * even * aligned * wide * busy, -groups
 
     candidates = range(1, max(1, min(p.G, _MOST_ROWS // p.D)) + 1)
@@ -86,7 +89,7 @@ class Cut:
     cols: int
     across: int
     parts: int
-    slabs: int
+    slabs: int  # of one sample
     layout: str
 
 
@@ -104,11 +107,11 @@ def cut_slabs(p: Problem, device: Device, elements: int) -> Cut:
         rows = max(1, min(above(p.D), elements // cols))
         down = -(-p.D // rows)
     across = -(-p.S // cols)
-    return Cut(groups, rows, cols, across, across * down, p.N * -(-p.G // groups), layout)
+    return Cut(groups, rows, cols, across, across * down, -(-p.G // groups), layout)
 
 
 def cut_busily(p: Problem, device: Device) -> Cut:
-    """The largest parts that are at least as many as multiprocessors."""
+    """The largest parts that are at least as many in one sample as there are multiprocessors."""
     limits = device.limits
     elements = held_elements(p, limits.part_backward if p.task == "backward" else limits.part)
     cut = cut_slabs(p, device, elements)

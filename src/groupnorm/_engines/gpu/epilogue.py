@@ -52,13 +52,16 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":
         return tl.where(z <= 0, 0.0, z)
     elif ACTIVATION == "silu":
-        return z * tl.sigmoid(z)
+        s, _ = _sigmoid_both(z)
+        return z * s
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * _ROOT_HALF))
     elif ACTIVATION == "gelu_tanh":
-        return z * tl.sigmoid(2.0 * _gelu_tanh_inner(z))
+        s, _ = _sigmoid_both(2.0 * _gelu_tanh_inner(z))
+        return z * s
     elif ACTIVATION == "sigmoid":
-        return tl.sigmoid(z)
+        s, _ = _sigmoid_both(z)
+        return s
     elif ACTIVATION == "tanh":
         return _tanh(z)
     else:
@@ -73,15 +76,16 @@ def slope(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.where(z > 0, 1.0, tl.where(z <= 0, 0.0, z))
     elif ACTIVATION == "silu":
-        s = tl.sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
+        s, rest = _sigmoid_both(z)
+        return s * (1.0 + z * rest)
     elif ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(z * _ROOT_HALF)) + z * _DENSITY * tl.exp(-0.5 * z * z)
     elif ACTIVATION == "gelu_tanh":
-        s = tl.sigmoid(2.0 * _gelu_tanh_inner(z))
-        return s + z * s * (1.0 - s) * (2.0 * _K) * (1.0 + 3 * 0.044715 * z * z)
+        s, rest = _sigmoid_both(2.0 * _gelu_tanh_inner(z))
+        return s + z * s * rest * (2.0 * _K) * (1.0 + 3 * 0.044715 * z * z)
     elif ACTIVATION == "sigmoid":
-        return tl.sigmoid(z) * tl.sigmoid(-z)
+        s, rest = _sigmoid_both(z)
+        return s * rest
     elif ACTIVATION == "tanh":
         t = _tanh(z)
         return 1.0 - t * t
@@ -92,7 +96,36 @@ def slope(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _gelu_tanh_inner(z):
-    return _K * z * (1.0 + 0.044715 * z * z)
+    return z * (1.0 + 0.044715 * z * z) * _K
+
+
+@triton.jit
+def _sigmoid_both(z):
+    """sigmoid(z) and 1 - sigmoid(z), each with all its digits: taken from 1, the small one would have none left."""
+    e = _decay(z)
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(z < 0, small, large), tl.where(z < 0, large, small)
+
+
+@triton.jit
+def _decay(z):
+    """exp(-|z|). In float32 not by tl.exp, whose one instruction loses |z| roundings; beyond 87 what is left of it."""
+    if z.dtype == tl.float64:
+        return tl.exp(-tl.abs(z))
+    else:
+        t = -tl.abs(z)
+        t = tl.where(t < -87.0, -87.0, t)
+        k, r = _reduced(t)
+        power = ((k.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        return power * tl.exp2(r * 1.4426950408889634)
+
+
+@triton.jit
+def _reduced(v):
+    """k and r with v = k*ln(2) + r, k whole and |r| <= ln(2)/2. ln(2) is in two parts: k times the first is exact."""
+    k = tl.floor(v * 1.4426950408889634 + 0.5)
+    return k, (v - k * 0.693145751953125) - k * 1.42860682030941723212e-6
 
 
 @triton.jit
@@ -107,11 +140,9 @@ def _tanh(z):
 
 @triton.jit
 def _expm1(v):
-    """exp(v) - 1 = 2^k * (exp(r) - 1) + (2^k - 1), |r| <= ln(2)/2, exp(r) - 1 by its Taylor series."""
+    """exp(v) - 1 = 2^k * (exp(r) - 1) + (2^k - 1), exp(r) - 1 by its Taylor series."""
     TERMS: tl.constexpr = 14 if v.dtype == tl.float64 else 8  # the first one left out is below a rounding
-    k = tl.floor(v * 1.4426950408889634 + 0.5)
-    r = v - k * 0.693145751953125  # ln(2) in two parts: k times the first is exact
-    r = r - k * 1.42860682030941723212e-6
+    k, r = _reduced(v)
     p = tl.full(v.shape, 1.0, v.dtype)
     for i in tl.static_range(TERMS, 1, -1):
         p = 1.0 + p * r * (1.0 / i)

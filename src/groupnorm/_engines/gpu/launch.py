@@ -90,7 +90,7 @@ def _first(launch: Launch, types: dict[str, str], addresses: tuple[int, ...]) ->
     kernel = KERNELS[launch.kernel]
     options = {} if INTERPRETED else compiler_options(launch)
     names = kernel.arg_names
-    places = [_PLACES.get(name, -1) if name not in launch.without else -1 for name in names]
+    places = [_PLACES.get(name, -1) for name in names]
     given = {**launch.numbers, **launch.constants}
 
     def again(now: tuple[int, ...], stream: int) -> Any:

@@ -43,14 +43,14 @@ class Compiled:
     stores: dict[int, int] = field(default_factory=dict)
 
 
-def compile_launch(plan: Plan, launch: Launch, capability: int, absent: tuple[str, ...] = ()) -> Compiled:
+def compile_launch(plan: Plan, launch: Launch, capability: int) -> Compiled:
     """Compile one launch of a plan for compute capability `capability` (90 is 9.0), with every array that its problem
-    has, 16 bytes aligned, but those that are `absent`.
+    has, 16 bytes aligned.
     """
     kernel = KERNELS[launch.kernel]
     types = array_types(plan)
     given = {**launch.numbers, **launch.constants}
-    missing = {*launch.without, *absent, *_absent(plan)}
+    missing = _absent(plan)
     signature, constants, attributes = {}, dict(launch.constants), {}
     for place, name in enumerate(kernel.arg_names):
         if name in launch.constants:

@@ -62,8 +62,9 @@ def sample_gradients(SUMS, WEIGHT, BIAS, DSCALE, DSHIFT, N, across, C: tl.conste
     if DSHIFT is not None:
         tl.store(DSHIFT + n * C + spot, a.to(DSHIFT.dtype.element_ty), mask=spot < C)
     if DSCALE is not None:
+        b = b.to(tl.float64)  # the two products may cancel; they are a few for each program
         if WEIGHT is not None:
-            b = b * tl.load(WEIGHT + spot, mask=spot < C, other=0.0).to(ACC)
+            b = b * tl.load(WEIGHT + spot, mask=spot < C, other=0.0).to(tl.float64)
         if BIAS is not None:
-            b = b + a * tl.load(BIAS + spot, mask=spot < C, other=0.0).to(ACC)
+            b = b + a.to(tl.float64) * tl.load(BIAS + spot, mask=spot < C, other=0.0).to(tl.float64)
         tl.store(DSCALE + n * C + spot, b.to(DSCALE.dtype.element_ty), mask=spot < C)

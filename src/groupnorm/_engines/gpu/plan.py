@@ -37,7 +37,7 @@ __all__ = ["REGIMES", "Launch", "Plan", "make_plan", "refusal"]
 
 REGIMES = ("resident", "split", "ticketed", "two_pass")
 
-_REGISTERS = 128
+_REGISTERS = 128  # of a thread, so that 16 warps fit a multiprocessor
 _SUM_ROWS, _SUM_CHANNELS = 256, 8  # the tile of the kernels that sum up gradients of parameters
 
 
@@ -50,7 +50,6 @@ class Launch:
     numbers: dict[str, int]
     constants: dict[str, Any]
     warps: int
-    without: tuple[str, ...] = ()  # arrays of the call that this launch is not given
     cooperative: bool = False
     most_registers: int | None = None  # of a thread, where the plan counts on so many programs at once
 
@@ -164,11 +163,7 @@ def _resident(p: Problem, device: Device, *, forced: bool) -> Plan | None:
         rows, cols = above(groups * p.D), above(p.S)
     else:
         groups = 1
-        while (
-            groups < p.G
-            and 2 * groups * p.D * p.S <= held_elements(p, device.limits.together)
-            and p.N * -(-p.G // (2 * groups)) >= 2 * device.multiprocessors
-        ):
+        while groups < p.G and 2 * groups * p.D * p.S <= held_elements(p, device.limits.together):
             groups *= 2
         flat = not wants_sums(p) and (p.S * p.itemsize % 16 > 0 or above(p.D) * above(p.S) >= 2 * p.D * p.S)
         layout = "flat" if flat else "first"
@@ -195,8 +190,8 @@ def _cut_constants(p: Problem, cut: Cut) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _partials(cut: Cut) -> int:
-    return cut.slabs * 4 * above(cut.groups) * above(cut.parts)
+def _partials(p: Problem, cut: Cut, parts: int) -> int:
+    return p.N * cut.slabs * 4 * above(cut.groups) * above(parts)
 
 
 def _tile_warps(p: Problem, device: Device, cut: Cut) -> int:
@@ -212,15 +207,16 @@ def _split(p: Problem, device: Device, *, forced: bool) -> Plan | None:
     cut = cut_busily(p, device)
     warps = _tile_warps(p, device, cut)
     at_once = device.multiprocessors * max(1, MOST_WARPS // warps)
-    lanes = min(at_once // cut.parts, cut.slabs)
+    slabs, lanes = p.N * cut.slabs, at_once // cut.parts
     if lanes < 1 or cut.parts > MOST_PARTS or (not forced and lanes < min(device.limits.lanes, cut.slabs)):
         return None
-    numbers = {"slabs": cut.slabs, "across": cut.across, "VECTORS": p.S // vector_of(p)}
+    lanes = min(lanes, slabs)
+    numbers = {"slabs": slabs, "across": cut.across, "VECTORS": p.S // vector_of(p)}
     reasons = (
-        f"{cut.slabs} slabs of {cut.parts} parts of {cut.rows * cut.cols} elements: the device holds {at_once} parts, "
+        f"{slabs} slabs of {cut.parts} parts of {cut.rows * cut.cols} elements: the device holds {at_once} parts, "
         f"so {lanes} slabs at a time",
     )
-    phases = (1, 2) if INTERPRETED else (0,)
+    phases = (1, 2) if INTERPRETED and cut.parts > 1 else (0,)
     name = "split_backward" if backward else "split_forward"
     constants = _cut_constants(p, cut)
     if backward:
@@ -230,7 +226,7 @@ def _split(p: Problem, device: Device, *, forced: bool) -> Plan | None:
                most_registers=_REGISTERS)
         for phase in phases
     ]  # fmt: skip
-    memory: dict[str, Any] = {"counters": lanes, "partials": _partials(cut)}
+    memory: dict[str, Any] = {"counters": lanes, "partials": _partials(p, cut, cut.parts)}
     if not backward:
         return Plan(p, device, "split", reasons, tuple(launches), **memory)
     return _backward(p, device, "split", reasons, launches, cut.across, **memory)
@@ -248,8 +244,9 @@ def _ticketed(p: Problem, device: Device, *, forced: bool) -> Plan | None:
     if cut.parts > MOST_PARTS or (not forced and between > room):
         return None
     warps = _tile_warps(p, device, cut)
-    programs = min(device.multiprocessors * max(1, 2 * MOST_WARPS // warps), cut.parts * cut.slabs)
-    numbers = {"slabs": cut.slabs, "parts": cut.parts, "across": cut.across, "lag": limits.lag,
+    slabs = p.N * cut.slabs
+    programs = min(device.multiprocessors * max(1, 2 * MOST_WARPS // warps), cut.parts * slabs)
+    numbers = {"slabs": slabs, "parts": cut.parts, "across": cut.across, "lag": limits.lag,
                "VECTORS": p.S // vector_of(p)}  # fmt: skip
     if backward:
         numbers["N"] = p.N
@@ -259,7 +256,7 @@ def _ticketed(p: Problem, device: Device, *, forced: bool) -> Plan | None:
     )
     name = "ticketed_backward" if backward else "ticketed_forward"
     launches = [Launch(name, (programs,), numbers, _cut_constants(p, cut), warps)]
-    memory: dict[str, Any] = {"counters": cut.slabs + 1, "partials": _partials(cut)}
+    memory: dict[str, Any] = {"counters": slabs + 1, "partials": _partials(p, cut, cut.parts)}
     if not backward:
         return Plan(p, device, "ticketed", reasons, tuple(launches), **memory)
     return _backward(p, device, "ticketed", reasons, launches, cut.across, **memory)
@@ -279,9 +276,10 @@ def _two_pass(p: Problem, device: Device, *, forced: bool) -> Plan:
     reading = {"parts": parts, "across": across, "tiles": tiles, "VECTORS": vectors}
     writing = {"parts": cut.parts, "across": cut.across, "VECTORS": vectors}
     plain = {name: value for name, value in constants.items() if name != "BLOCK"}
-    grids = (cut.slabs * parts,), (cut.slabs * cut.parts,)
-    reasons = (f"{cut.slabs} slabs of {cut.parts} parts: nothing on the chip holds them until they are read again",)
-    partials = cut.slabs * 4 * above(cut.groups) * above(parts)
+    slabs = p.N * cut.slabs
+    grids = (slabs * parts,), (slabs * cut.parts,)
+    reasons = (f"{slabs} slabs of {cut.parts} parts: nothing on the chip holds them until they are read again",)
+    partials = _partials(p, cut, parts)
     if p.task == "normalize":
         reasons = ("the statistics are given",)
         return Plan(p, device, "two_pass", reasons, (Launch("apply_forward", grids[1], writing, plain, warps),))
@@ -291,12 +289,12 @@ def _two_pass(p: Problem, device: Device, *, forced: bool) -> Plan:
         if p.task == "moments":
             reasons = ("nothing but the moments is wanted",)
         else:
-            launches.append(Launch("apply_forward", grids[1], writing, plain, warps, without=("MOMENTS",)))
-        return Plan(p, device, "two_pass", reasons, tuple(launches), counters=cut.slabs, partials=partials)
+            launches.append(Launch("apply_forward", grids[1], writing, plain, warps))
+        return Plan(p, device, "two_pass", reasons, tuple(launches), counters=slabs, partials=partials)
     launches = [Launch("sums_of_slabs", grids[0], {**reading, "N": p.N}, constants, warps)]
     if p.dx:
         launches.append(Launch("apply_gradient", grids[1], {**writing, "N": p.N}, plain, warps))
-    return _backward(p, device, "two_pass", reasons, launches, across, counters=cut.slabs, partials=partials,
+    return _backward(p, device, "two_pass", reasons, launches, across, counters=slabs, partials=partials,
                      totals=3 * p.N * p.G if p.dx else 0)  # fmt: skip
 
 
@@ -307,14 +305,11 @@ def _backward(
     """The plan of a backward whose sums by channel come from `across` parts of each sample."""
     sums = 2 * p.N * across * p.C if wants_sums(p) else 0
     blocks = -(-p.C // _SUM_CHANNELS)
-    shape = {"C": p.C, "CHANNELS": _SUM_CHANNELS}
+    constants = {"C": p.C, "CHANNELS": _SUM_CHANNELS, "ROWS": _SUM_ROWS}
     if p.weight or p.bias:
-        rows = p.N * across
-        numbers = {"rows": rows, "across": across}
-        constants = {**shape, "ROWS": min(_SUM_ROWS, above(rows))}
+        numbers = {"rows": p.N * across, "across": across}
         launches.append(Launch("parameter_gradients", (blocks,), numbers, constants, 4))
     if p.scale or p.shift:
         numbers = {"N": p.N, "across": across}
-        constants = {**shape, "ROWS": min(_SUM_ROWS, above(across))}
         launches.append(Launch("sample_gradients", (blocks, p.N), numbers, constants, 4))
     return Plan(p, device, regime, reasons, tuple(launches), sums=sums, **memory)

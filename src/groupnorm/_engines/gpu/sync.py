@@ -1,7 +1,7 @@
 """How programs wait for one another: the only three places in the engine where they do.
 
-Counters lie in GPU memory, are 0 (or, the barrier's, any number below 2^31) before a launch and again after it, so that
-no launch has to clear them: they survive CUDA graphs as they are.
+Counters lie in GPU memory and need not be cleared by any launch, so that they survive CUDA graphs as they are: those of
+`arrive` are 0 before a launch and again after it, those of `barrier` are 0 or 2^31. The two are never the same memory.
 
 Order in memory: `debug_barrier` is __syncthreads, after which one thread adds to a counter with release semantics at
 the device's scope; whoever then reads the counter with acquire semantics, followed by another __syncthreads, sees

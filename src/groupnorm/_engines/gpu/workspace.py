@@ -1,7 +1,7 @@
 """Memory beside the arrays of a call: counters, which live on, and scratch, which does not.
 
-Counters are 0 before and after each launch, so nobody clears them between. Each stream has its own, since its launches
-follow one another. A launch that a CUDA graph captures has some that nobody else ever uses: two graphs may run at the
+Nobody clears counters between launches (see `sync.py`). Each stream has its own, since its launches follow one another,
+some for barriers and others for what counts from 0. A launch that a CUDA graph captures has some that nobody else ever uses: two graphs may run at the
 same time. They come from a block that was cleared before, so that graphs need not clear them either.
 """
 
@@ -24,19 +24,19 @@ class Workspace:
     def __init__(self, device: int) -> None:
         self.device = device
         self._lock = threading.Lock()
-        self._counters: dict[int, Any] = {}
+        self._counters: dict[tuple[int, bool], Any] = {}
         self._for_graphs = None if INTERPRETED else _zeros(device, _FOR_GRAPHS)
         self._taken = 0
 
-    def counters(self, count: int, stream: int) -> int:
-        """The address of so many int32 zeros, for launches on this stream."""
+    def counters(self, count: int, stream: int, *, barrier: bool) -> int:
+        """The address of so many int32 counters, for launches on this stream: of a barrier, or 0 each."""
         with self._lock:
             if _is_capturing():
                 return self._for_capture(count)
-            found = self._counters.get(stream)
+            found = self._counters.get((stream, barrier))
             if found is None or found[1] < count:
                 size = max(count, _AT_LEAST)
-                found = self._counters[stream] = _zeros(self.device, size), size
+                found = self._counters[stream, barrier] = _zeros(self.device, size), size
             return _address(found[0])
 
     def scratch(self, size: int) -> tuple[int, Any]:
@@ -48,7 +48,7 @@ class Workspace:
         count = -(-count // 4) * 4  # 16 bytes
         if self._taken + count > _FOR_GRAPHS:  # then the graph clears some of its own each time
             memory = _zeros(self.device, count)
-            self._counters[-1 - self._taken] = memory, count
+            self._counters[-1 - self._taken, False] = memory, count
             self._taken += count
             return _address(memory)
         self._taken += count

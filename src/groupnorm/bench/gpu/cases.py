@@ -29,7 +29,7 @@ def problem_of(case: Case, task: str, layout: str, dtype: str) -> Problem:
     n, c = case.shape[:2]
     s = case.elements // (n * c)
     walk = Walk(c * s, s, 1) if layout == "NCHW" else Walk(c * s, 1, c)
-    names = ("x", "dy", "dx") if task == "backward" else ("x", "y")
+    names = {"backward": ("x", "dy", "dx"), "moments": ("x",)}.get(task, ("x", "y"))
     return Problem(
         task, dtype, n, c, s, case.num_groups, case.eps, case.activation, dtype, dtype, stats=task == "backward",
         walks=dict.fromkeys(names, walk),

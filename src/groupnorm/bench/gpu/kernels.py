@@ -17,7 +17,7 @@ from groupnorm._core.atomic import write_whole
 from groupnorm._engines.gpu.device import Device
 from groupnorm._engines.gpu.plan import Launch, Plan, make_plan
 from groupnorm.bench.cases import Case
-from groupnorm.bench.gpu.cases import DTYPES, LAYOUTS, problem_of, select_gpu_cases
+from groupnorm.bench.gpu.cases import DTYPES, GPU_CASES, LAYOUTS, problem_of
 
 __all__ = ["ARCHITECTURES", "Variant", "broken_rules", "compile_all", "source_hash", "variants"]
 
@@ -124,16 +124,18 @@ def main() -> None:
     import triton
 
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--headline", action="store_true", help="only the cases of the short tables")
+    parser.add_argument("--cases", help="names, with commas; all if left away")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--architectures", default="80,90,100")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--save", type=Path, help="the folder for the records: results/offline")
     options = parser.parse_args()
-    cases = select_gpu_cases(headline=options.headline)
+    names = options.cases.split(",") if options.cases else None
+    cases = [case for case in GPU_CASES if names is None or case.name in names]
     bad = 0
     for capability in map(int, options.architectures.split(",")):
         records = []
-        for record in compile_all(capability, cases, jobs=options.jobs):
+        for record in compile_all(capability, cases, options.dtypes.split(","), options.jobs):
             records.append(record)
             bad += bool(record["broken"])
             if record["broken"]:

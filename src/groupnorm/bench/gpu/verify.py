@@ -1,0 +1,254 @@
+"""The contract of the GPU engine at full size, on a GPU: `make test-gpu`, or `python -m groupnorm.bench.gpu.verify`.
+
+For every case, type, layout and direction, in every regime that can take it: y and the gradients against the formula in
+float64 on the same GPU; the same bits in 1000 repetitions (100 for large cases) with other work between them; a sample
+alone against the same sample in its batch; constant groups; NaN in one group. Then, if compute-sanitizer is installed,
+races in the barriers. Ends with a table, exits with 1 if anything is wrong.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from groupnorm._core.atomic import write_whole
+from groupnorm.bench.cases import Case
+from groupnorm.bench.gpu.cases import LAYOUTS, select_gpu_cases
+
+__all__ = ["Check", "check_case", "main"]
+
+Tensor = Any
+
+_UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+_BUDGET = 8 * 2.0**-24  # of y, as a part of (1 + |mean|/std)*(|weight*xhat| + |bias| + |weight|), beside its rounding
+_RACES = ("resnet50-conv2", "sd15-64", "tiny-64")  # small enough for a tool that watches every access
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison: what, in which case and regime, how far of what is allowed (1 is the limit), or what went
+    wrong.
+    """
+
+    what: str
+    case: str
+    regime: str
+    used: float
+    failure: str | None = None
+
+
+def check_case(case: Case, dtype: str, layout: str, repeats: int, device: str = "cuda") -> list[Check]:
+    """All comparisons of a case in one type and layout."""
+    from groupnorm._engines.gpu.device import current_device
+    from groupnorm._engines.gpu.plan import REGIMES, make_plan
+    from groupnorm.bench.gpu.cases import problem_of
+    from groupnorm.errors import EngineError
+
+    name = f"{case.name} {dtype} {layout}"
+    data = _data(case, dtype, layout, device)
+    wanted = _exact(case, data)
+    found: list[Check] = []
+    for regime in REGIMES:
+        try:
+            for task in ("forward", "backward"):
+                make_plan(problem_of(case, task, layout, dtype), current_device(), regime)
+        except EngineError:
+            continue
+        try:
+            with _forced(regime):
+                found += _compare(case, data, wanted, dtype, regime, name, repeats)
+        except Exception as error:  # whatever a driver or a compiler says belongs into the table
+            found.append(Check("runs", name, regime, float("inf"), f"{type(error).__name__}: {error}"[:200]))
+    return found
+
+
+def _data(case: Case, dtype: str, layout: str, device: str) -> dict[str, Tensor]:
+    import torch
+
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    format_ = torch.contiguous_format
+    if layout == "NHWC":
+        format_ = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(case.shape), format_)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(kind)
+
+    channels = case.shape[1]
+    column = (channels, *[1] * (len(case.shape) - 2))
+    x = torch.randn(case.shape, device=device) + torch.rand(column, device=device)  # channels differ in their means
+    return {"x": x.to(kind).to(memory_format=format_), "dy": normal(*case.shape).to(memory_format=format_),
+            "weight": normal(channels), "bias": normal(channels)}  # fmt: skip
+
+
+def _exact(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """y and gradients in float64, and the size that y's budget is a part of."""
+    import torch
+
+    from groupnorm.torch import composite
+
+    with torch.enable_grad():
+        wide = {name: tensor.double().requires_grad_(name != "dy") for name, tensor in data.items()}
+        y = composite.group_norm(wide["x"], case.num_groups, wide["weight"], wide["bias"], case.eps, case.activation,
+                                 None,
+                                 None, None, None)  # fmt: skip
+        dx, dweight, dbias = torch.autograd.grad(y, (wide["x"], wide["weight"], wide["bias"]), wide["dy"])
+    with torch.no_grad():
+        n, groups = case.shape[0], case.num_groups
+        flat = wide["x"].reshape(n, groups, -1)
+        mean, std = flat.mean(2, keepdim=True), flat.std(2, correction=0, keepdim=True)
+        xhat = ((flat - mean) / std).reshape(case.shape)
+        column = (1, -1, *[1] * (len(case.shape) - 2))
+        weight, bias = wide["weight"].abs().view(column), wide["bias"].abs().view(column)
+        size = weight * xhat.abs() + bias + weight
+        size = (size.reshape(n, groups, -1) * (1 + mean.abs() / std)).reshape(case.shape)
+    return {"y": y.detach(), "dx": dx, "dweight": dweight, "dbias": dbias, "size": size}
+
+
+@contextmanager
+def _forced(regime: str) -> Iterator[None]:
+    """All plans for y and dx are in this regime."""
+    import groupnorm._engines.gpu as engine
+    from groupnorm._engines.gpu.device import current_device
+    from groupnorm._engines.gpu.plan import make_plan
+    from groupnorm.torch import call
+
+    before = engine.plan
+    engine.plan = lambda problem, num_threads: make_plan(problem, current_device(), regime)
+    call._kinds.clear()
+    try:
+        yield
+    finally:
+        engine.plan = before
+        call._kinds.clear()
+
+
+def _run(case: Case, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Forward and backward by the engine."""
+    from groupnorm.torch import call
+
+    x, weight, bias = data["x"], data["weight"], data["bias"]
+    kind = call.kind_of(x, case.num_groups, weight, bias, case.eps, case.activation, None, None, None, None, None)
+    y, stats = call.forward(kind, x, weight, bias, None, None, None, None, None, True)
+    needs = (True, True, True, False, False, False)
+    found = call.backward(kind, data["dy"], x, weight, bias, None, None, None, None, stats, needs)
+    return {"y": y, "dx": found.dx, "dweight": found.dweight, "dbias": found.dbias, "stats": stats}
+
+
+def _compare(
+    case: Case, data: dict[str, Tensor], wanted: dict[str, Tensor], dtype: str, regime: str, name: str, repeats: int
+) -> list[Check]:
+    import torch
+
+    got = _run(case, data)
+    unit = _UNIT[dtype]
+    rounding = 0.0 if dtype == "float32" else unit
+    allowed = _BUDGET * (wanted["size"] + wanted["y"].abs()) + rounding * wanted["y"].abs() + 1e-30
+    found = [Check("y", name, regime, ((got["y"].double() - wanted["y"]).abs() / allowed).max().item())]
+    for gradient in ("dx", "dweight", "dbias"):
+        error = (got[gradient].double() - wanted[gradient]).norm() / wanted[gradient].norm().clamp(min=1e-30)
+        found.append(Check(gradient, name, regime, (error / (rounding + 16 * 2.0**-24)).item()))
+    other = torch.empty(
+        64 << 20, dtype=torch.uint8, device=data["x"].device
+    )  # what lies in L2 differs from time to time
+    for again in range(repeats):
+        if again % 7 == 0:
+            other.fill_(again & 255)
+        now = _run(case, data)
+        wrong = [key for key in got if not torch.equal(got[key], now[key])]
+        if wrong:
+            found.append(Check("same bits", name, regime, float("inf"), f"{', '.join(wrong)} differ in run {again}"))
+            break
+    else:
+        found.append(Check("same bits", name, regime, 0.0))
+    if case.shape[0] > 1:
+        alone = {key: tensor[:1].clone(memory_format=torch.preserve_format) if tensor.dim() > 1 else tensor
+                 for key, tensor in data.items()}  # fmt: skip
+        one = _run(case, alone)
+        same = torch.equal(one["y"], got["y"][:1]) and torch.equal(one["dx"], got["dx"][:1])
+        found.append(
+            Check("a sample alone", name, regime, 0.0 if same else float("inf"), None if same else "other bits")
+        )
+    constant = _run(case, {**data, "x": torch.full_like(data["x"], 1234.5)})["y"]
+    bias = data["bias"].view(1, -1, *[1] * (len(case.shape) - 2)).float()
+    from groupnorm.torch.composite import ACTIVATIONS
+
+    expected = bias if case.activation is None else ACTIVATIONS[case.activation](bias)
+    used = ((constant.float() - expected).abs() / (2 * unit * expected.abs() + 1e-6)).max().item()
+    return [*found, Check("a constant group", name, regime, used)]
+
+
+def _races() -> list[Check]:
+    """Races that compute-sanitizer finds, in small cases."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not installed: races are not looked for")
+        return []
+    found = []
+    for what in ("racecheck", "memcheck", "synccheck"):
+        command = [tool, "--tool", what, "--error-exitcode", "9", sys.executable, "-m", __name__, "--cases",
+                   ",".join(_RACES), "--repeats", "0", "--no-races"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
+        bad = done.returncode == 9
+        found.append(
+            Check(what, ",".join(_RACES), "all", float("inf") if bad else 0.0, lines[-1] if bad and lines else None)
+        )
+    return found
+
+
+def main() -> None:
+    """Check, print the worst of each kind, write what was found."""
+    parser = argparse.ArgumentParser(description="The contract of the GPU engine at full size.")
+    parser.add_argument("--cases", help="names, with commas; all if left away")
+    parser.add_argument("--repeats", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no case after that")
+    parser.add_argument("--no-races", action="store_true")
+    parser.add_argument("--save", type=Path, help="a folder; gpu-checks.json is written there")
+    options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a CUDA GPU: torch.cuda.is_available() is False here")
+    names = options.cases.split(",") if options.cases else None
+    begin, checks, left = time.monotonic(), [], []
+    for case in select_gpu_cases():
+        for dtype in ("bfloat16", "float32", "float16"):
+            for layout in LAYOUTS:
+                if names is not None and case.name not in names:
+                    continue
+                if time.monotonic() - begin > 60 * options.minutes:
+                    left.append(f"{case.name} {dtype} {layout}")
+                    continue
+                small = case.elements < 1 << 21
+                checks += check_case(case, dtype, layout, options.repeats // (1 if small else 100))
+                torch.cuda.empty_cache()
+    if not options.no_races:
+        checks += _races()
+    bad = [check for check in checks if check.failure is not None or not check.used <= 1]
+    for check in bad:
+        how = check.failure or f"{check.used:.2f} of what is allowed"
+        print(f"WRONG {check.what}: {check.case}, {check.regime}: {how}")
+    for what in dict.fromkeys(check.what for check in checks):
+        of_kind = [check for check in checks if check.what == what]
+        worst = max(of_kind, key=lambda check: check.used)
+        print(f"{what:18} {len(of_kind):5} comparisons, worst {worst.used:.2f} of what is allowed ({worst.case}, "
+              f"{worst.regime})")  # fmt: skip
+    if left:
+        print(f"not begun, for lack of time: {', '.join(left)}")
+    if options.save:
+        record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "left": left,
+                  "checks": [{name: getattr(check, name) for name in check.__slots__} for check in checks]}  # fmt: skip
+        write_whole(options.save / "gpu-checks.json", (json.dumps(record, indent=1) + "\n").encode())
+    raise SystemExit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
