@@ -17,10 +17,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 METADATA := pyproject.toml src/groupnorm/_version.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench docs questions clean
+.PHONY: help demo test check bench docs questions gpu-kernels test-gpu bench-gpu clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\): .*## \(.*\)/  make \1	\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1	\2/p' Makefile
 
 demo: $(VENV)/.installed ## install the package and watch it work on a photograph
 	$(BIN)/groupnorm demo
@@ -41,6 +41,19 @@ docs: $(VENV)/.installed ## make the tables and charts of README and docs again 
 
 questions: $(VENV)/.installed-dev ## run the commands that docs/questions.md shows, and write what they print
 	$(BIN)/python -m groupnorm.bench.questions docs/questions.md
+
+# What needs a GPU runs with any Python that has torch and Triton, from the checkout, with nothing installed by us.
+GPU_PYTHON ?= $(PYTHON)
+
+gpu-kernels: $(VENV)/.installed-dev ## compile every GPU kernel for three architectures, without a GPU; ten minutes
+	env -u TRITON_INTERPRET $(BIN)/python -m groupnorm.bench.gpu.kernels --save results/offline
+	env -u TRITON_INTERPRET $(BIN)/python -m groupnorm.bench.gpu.predict --save results/offline
+
+test-gpu: ## on a GPU: the contract at full size, the same bits 1000 times, races if compute-sanitizer is there
+	PYTHONPATH=src $(GPU_PYTHON) -m groupnorm.bench.gpu.verify --save results
+
+bench-gpu: ## on a GPU: tune the limits between regimes, then measure every case beside every rival installed
+	PYTHONPATH=src $(GPU_PYTHON) -m groupnorm.bench.gpu.measure --save results
 
 clean: ## remove caches and build products (not .venv)
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,6 +14,6 @@ statistics' dtype, moments (N, G, 3) float64 holding (count, mean, M2), all cont
 writes moments only; for "normalize" it reads them; for "forward" it writes mean and rstd where they are given. Backward
 writes dx and dresidual unless `problem.dx` is False.
 
-The CPU engine has a fifth function, `run_at(plan, fresh, x, y, ...)`: the same on addresses in memory instead of
-arrays, for front ends whose tensors are no NumPy arrays.
+The CPU and the GPU engine have a fifth function, `run_at(plan, fresh, x, y, ...)`: the same on addresses in memory
+instead of arrays, for front ends whose tensors are no NumPy arrays.
 """

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from groupnorm.bench.cases import CASES
 from groupnorm.bench.chart import Bar, bar_chart
+from groupnorm.bench.gpu.tables import GPU_TABLES
 from groupnorm.bench.model_records import load_models
 from groupnorm.bench.model_tables import MODEL_TABLES
 from groupnorm.bench.predictions import PREDICTION_TABLES, load_figures
@@ -46,6 +47,7 @@ def report(root: Path) -> list[Path]:
     tables |= {name: partial(table, models) for name, table in MODEL_TABLES.items()}
     figures = load_figures(root / "results")
     tables |= {name: partial(table, records, figures) for name, table in PREDICTION_TABLES.items()}
+    tables |= {name: partial(table, root / "results") for name, table in GPU_TABLES.items()}
     pictures = _pictures(records, root / "docs" / "img")
     new: dict[Path, str] = {}
     used: set[Path] = set()

@@ -4,10 +4,10 @@
     y = gnt.group_norm(x, 32, weight, bias, activation="silu")
 
 Channels are on axis 1; contiguous and channels_last tensors come back as they went in. `functional.py` is the door;
-behind it `call.py` hands tensors to an engine, `autograd.py` differentiates, `ops.py` is what compilers see, and
-`composite.py` is the same in PyTorch's own operations, for whatever an engine does not take: transforms, forward-mode,
-other devices. `module.py` and `convert.py` are for models; `fusion.py`, `rewrite.py` and `graph.py` find
-the activations that a norm may take over.
+behind it `call.py` (`gpu.py` for CUDA) hands tensors to an engine, `autograd.py` differentiates, `ops.py` is what
+compilers see, and `composite.py` is the same in PyTorch's own operations, for whatever an engine does not take:
+transforms, forward-mode, devices without an engine. `module.py` and `convert.py` are for models; `fusion.py`,
+`rewrite.py` and `graph.py` find the activations that a norm may take over.
 """
 
 from groupnorm.torch.autocast import get_autocast, set_autocast

@@ -63,16 +63,27 @@ def run(plan: Plan, addresses: tuple[int, ...], device: int, stream: int) -> Non
         go(addresses, stream)
 
 
-def compiler_options(launch: Launch) -> dict[str, Any]:
-    """What Triton is told beside the constants. FP fusion: multiply-add in one rounding, which Triton will stop doing
-    unasked.
+def compiler_options(launch: Launch, compiled: Callable[[dict[str, Any]], tuple[int, int]]) -> dict[str, Any]:
+    """What Triton is told beside the constants. `compiled` gives the registers and spills that some options lead to.
+
+    FP fusion: multiply-add in one rounding, which Triton will stop doing unasked. How many registers ptxas takes is
+    erratic: it may spill a little with 16 warps and need fewer registers with 8, or spill to stay below a number that
+    nobody asked for. So what spills is tried with half the warps and with the plan's number given, and the first that
+    does not, or else the one that spills least, is taken. A plan that counts on so many programs at once holds for it.
     """
-    options: dict[str, Any] = {"num_warps": launch.warps, "enable_fp_fusion": True}
+    common: dict[str, Any] = {"enable_fp_fusion": True}
     if launch.cooperative:
-        options["launch_cooperative_grid"] = True
-    if launch.most_registers is not None:
-        options["maxnreg"] = launch.most_registers
-    return options
+        common["launch_cooperative_grid"] = True
+    found: list[tuple[bool, int, int, dict[str, Any]]] = []
+    for warps in dict.fromkeys((launch.warps, max(1, launch.warps // 2))):
+        for bound in dict.fromkeys((None, launch.most_registers)):
+            options = {**common, "num_warps": warps, **({} if bound is None else {"maxnreg": bound})}
+            registers, spills = compiled(options)
+            fits = launch.most_registers is None or registers <= launch.most_registers
+            if fits and not spills:
+                return options
+            found.append((not fits, spills, len(found), options))
+    return min(found, key=lambda tried: tried[:3])[3]
 
 
 class _Pointer:
@@ -88,17 +99,25 @@ class _Pointer:
 def _first(launch: Launch, types: dict[str, str], addresses: tuple[int, ...]) -> Callable[[tuple[int, ...], int], None]:
     """Launch a kernel the public way, and give a function that does it again, the short way if there is one."""
     kernel = KERNELS[launch.kernel]
-    options = {} if INTERPRETED else compiler_options(launch)
     names = kernel.arg_names
     places = [_PLACES.get(name, -1) for name in names]
     given = {**launch.numbers, **launch.constants}
 
-    def again(now: tuple[int, ...], stream: int) -> Any:
-        arguments = [
+    def arguments(now: tuple[int, ...]) -> list[Any]:
+        return [
             given[name] if name in given else (_pointer(now[place], types[name]) if place >= 0 and now[place] else None)
             for name, place in zip(names, places, strict=True)
         ]
-        return kernel[launch.grid](*arguments, **options)
+
+    def compile_with(options: dict[str, Any]) -> tuple[int, int]:
+        made = kernel.warmup(*arguments(addresses), grid=launch.grid, **options)
+        made.run  # noqa: B018 - loads it, after which the driver knows
+        return getattr(made, "n_regs", 0), getattr(made, "n_spills", 0)
+
+    options = {} if INTERPRETED else compiler_options(launch, compile_with)
+
+    def again(now: tuple[int, ...], stream: int) -> Any:
+        return kernel[launch.grid](*arguments(now), **options)
 
     try:
         compiled = again(addresses, 0)

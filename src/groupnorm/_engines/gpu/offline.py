@@ -64,8 +64,16 @@ def compile_launch(plan: Plan, launch: Launch, capability: int) -> Compiled:
             attributes[(place,)] = _ALIGNED
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
-    done: Any = triton.compile(source, target=target, options=compiler_options(launch))
-    return _read(launch, capability, done)
+
+    def compile_with(options: dict[str, Any]) -> Compiled:
+        done = triton.compile(source, target=target, options=options)
+        return _read(launch.kernel, capability, options["num_warps"], done)
+
+    def registers_and_spills(options: dict[str, Any]) -> tuple[int, int]:
+        found = compile_with(options)
+        return found.registers, found.spills
+
+    return compile_with(compiler_options(launch, registers_and_spills))  # which Triton has kept, if it did that before
 
 
 def _absent(plan: Plan) -> set[str]:
@@ -92,7 +100,7 @@ def _absent(plan: Plan) -> set[str]:
     return missing
 
 
-def _read(launch: Launch, capability: int, done: Any) -> Compiled:
+def _read(kernel: str, capability: int, warps: int, done: Any) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(done.asm["cubin"])
@@ -100,7 +108,7 @@ def _read(launch: Launch, capability: int, done: Any) -> Compiled:
         code = _tool("-sass", path)
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
     return Compiled(
-        launch.kernel, capability, launch.warps, numbers["REG"], numbers["STACK"], done.metadata.shared,
+        kernel, capability, warps, numbers["REG"], numbers["STACK"], done.metadata.shared,
         len(re.findall(r"\b(?:LDL|STL)\b", code)), _widths("LDG", code), _widths("STG", code),
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ __all__ = ["REGIMES", "Launch", "Plan", "make_plan", "refusal"]
 
 REGIMES = ("resident", "split", "ticketed", "two_pass")
 
-_REGISTERS = 128  # of a thread, so that 16 warps fit a multiprocessor
+_REGISTERS = 128  # of a thread, so that 16 warps fit a multiprocessor; unasked ptxas takes fewer and spills instead
 _SUM_ROWS, _SUM_CHANNELS = 256, 8  # the tile of the kernels that sum up gradients of parameters
 
 
@@ -51,7 +51,7 @@ class Launch:
     constants: dict[str, Any]
     warps: int
     cooperative: bool = False
-    most_registers: int | None = None  # of a thread, where the plan counts on so many programs at once
+    most_registers: int | None = None  # of a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +161,8 @@ def _resident(p: Problem, device: Device, *, forced: bool) -> Plan | None:
     if layout == "last":
         groups = groups_of_slab(p, device)
         rows, cols = above(groups * p.D), above(p.S)
+        if p.itemsize > 2:  # a whole tile of float32 and the sums by row do not fit together
+            most //= 2
     else:
         groups = 1
         while groups < p.G and 2 * groups * p.D * p.S <= held_elements(p, device.limits.together):
@@ -244,6 +246,8 @@ def _ticketed(p: Problem, device: Device, *, forced: bool) -> Plan | None:
     if cut.parts > MOST_PARTS or (not forced and between > room):
         return None
     warps = _tile_warps(p, device, cut)
+    if backward and cut.layout == "last":
+        warps = max(1, warps // 2)  # nothing is held between the two readings; with 16 warps sm_80 spilled
     slabs = p.N * cut.slabs
     programs = min(device.multiprocessors * max(1, 2 * MOST_WARPS // warps), cut.parts * slabs)
     numbers = {"slabs": slabs, "parts": cut.parts, "across": cut.across, "lag": limits.lag,
@@ -255,7 +259,7 @@ def _ticketed(p: Problem, device: Device, *, forced: bool) -> Plan | None:
         f"{between} bytes lie between the two readings of a slab: L2 has room for {int(room)}",
     )
     name = "ticketed_backward" if backward else "ticketed_forward"
-    launches = [Launch(name, (programs,), numbers, _cut_constants(p, cut), warps)]
+    launches = [Launch(name, (programs,), numbers, _cut_constants(p, cut), warps, most_registers=_REGISTERS)]
     memory: dict[str, Any] = {"counters": slabs + 1, "partials": _partials(p, cut, cut.parts)}
     if not backward:
         return Plan(p, device, "ticketed", reasons, tuple(launches), **memory)

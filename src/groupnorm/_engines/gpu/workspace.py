@@ -1,8 +1,9 @@
 """Memory beside the arrays of a call: counters, which live on, and scratch, which does not.
 
 Nobody clears counters between launches (see `sync.py`). Each stream has its own, since its launches follow one another,
-some for barriers and others for what counts from 0. A launch that a CUDA graph captures has some that nobody else ever uses: two graphs may run at the
-same time. They come from a block that was cleared before, so that graphs need not clear them either.
+some for barriers and others for what counts from 0. A launch that a CUDA graph captures has some that nobody else ever
+uses: two graphs may run at the same time. They come from a block that was cleared before, so that graphs need not clear
+them either.
 """
 
 import threading

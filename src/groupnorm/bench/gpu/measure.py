@@ -48,6 +48,7 @@ def main() -> None:
 
     device = current_device()
     folder = options.save / device.slug
+    folder.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"device": device.name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
                               "triton": __import__("triton").__version__}  # fmt: skip
 
@@ -63,6 +64,7 @@ def main() -> None:
         save("tuned", found)
         if isinstance(found, dict):
             path = Path(engine.__file__).parent / "tuned" / f"{device.slug}.json"
+            path.parent.mkdir(exist_ok=True)
             write_whole(path, (json.dumps(found, indent=1) + "\n").encode())
     save("regimes", list(_regimes(within(0.55))))
     rows: list[dict[str, Any]] = []

@@ -211,9 +211,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=8.0, help="begin no case after that")
     parser.add_argument("--no-races", action="store_true")
-    parser.add_argument("--save", type=Path, help="a folder; gpu-checks.json is written there")
+    parser.add_argument("--save", type=Path, help="the folder for the records")
     options = parser.parse_args()
     import torch
+
+    from groupnorm._engines.gpu.device import describe_device
 
     if not torch.cuda.is_available():
         raise SystemExit("this needs a CUDA GPU: torch.cuda.is_available() is False here")
@@ -246,7 +248,9 @@ def main() -> None:
     if options.save:
         record = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "left": left,
                   "checks": [{name: getattr(check, name) for name in check.__slots__} for check in checks]}  # fmt: skip
-        write_whole(options.save / "gpu-checks.json", (json.dumps(record, indent=1) + "\n").encode())
+        folder = options.save / describe_device(0).slug
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "gpu-checks.json", (json.dumps(record, indent=1) + "\n").encode())
     raise SystemExit(1 if bad else 0)
 
 

@@ -1,0 +1,146 @@
+"""The way of tensors to the GPU engine, with tensors in host memory and Triton's interpreter behind it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton", minversion="3.9")
+
+import groupnorm.torch as gnt
+from groupnorm._engines.gpu.compiler import INTERPRETED
+from groupnorm.bench.cases import Case
+from groupnorm.bench.gpu.verify import check_case
+from groupnorm.torch import call, composite, gpu
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 from the start"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+FORMATS = [None, torch.channels_last, torch.channels_last_3d]
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(monkeypatch: Any) -> Iterator[list[Any]]:
+    """Tensors in host memory go to the GPU engine; gives what it planned."""
+    planned: list[Any] = []
+
+    def fit(*arguments: Any) -> Any:
+        found = original(*arguments)
+        planned.append(found)
+        return found
+
+    original = gpu.fit
+    monkeypatch.setattr(gpu, "fit", fit)
+    monkeypatch.setattr(gpu, "_HOST_TOO", True)
+    call._kinds.clear()
+    yield planned
+    call._kinds.clear()
+
+
+def tensor(*shape: int, format_: Any = None, dtype: Any = torch.float32, grad: bool = True) -> Any:
+    made = torch.randn(shape).to(dtype)
+    return (made if format_ is None else made.to(memory_format=format_)).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_forward_and_backward_as_pytorch(on_gpu: list[Any], format_: Any, dtype: Any) -> None:
+    shape = (2, 8, 3, 4, 5) if format_ is torch.channels_last_3d else (2, 8, 6, 5)
+    x, weight, bias = tensor(*shape, format_=format_, dtype=dtype), tensor(8), tensor(8)
+    y = gnt.group_norm(x, 4, weight, bias, activation="silu")
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad(y, (x, weight, bias), dy)
+    wanted = torch.nn.functional.silu(torch.nn.functional.group_norm(x.float(), 4, weight, bias))
+    want = torch.autograd.grad(wanted, (x, weight, bias), dy.float())
+    assert any(found.plan is not None for found in on_gpu)
+    assert y.stride() == torch.nn.functional.group_norm(x.float(), 4).stride()
+    tolerance = {"atol": 2e-3, "rtol": 2e-3} if dtype == torch.float16 else {"atol": 1e-5, "rtol": 1e-5}
+    for a, b in zip((y, *got), (wanted, *want), strict=True):
+        torch.testing.assert_close(a.float(), b.float(), **tolerance)
+
+
+def test_every_option() -> None:
+    x, residual = tensor(2, 8, 6, 5), tensor(2, 8, 6, 5)
+    weight, bias, scale, shift = tensor(8), tensor(8), tensor(2, 8), tensor(2, 8)
+    mask = torch.rand(2, 6, 5) < 0.7
+    given = (x, weight, bias, scale, shift, residual)
+    options = {"scale": scale, "shift": shift, "residual": residual, "mask": mask}
+    y = gnt.group_norm(x, 4, weight, bias, activation="gelu", **options)
+    wanted = composite.group_norm(x, 4, weight, bias, 1e-5, "gelu", scale, shift, residual, mask)
+    torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-5)
+    dy = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, given, dy), torch.autograd.grad(wanted, given, dy), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+
+
+def test_only_the_gradients_that_are_needed() -> None:
+    x, weight, bias = tensor(2, 8, 6, 5, grad=False), tensor(8), tensor(8)
+    y = gnt.group_norm(x, 4, weight, bias)
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad(y, (weight, bias), dy)
+    want = torch.autograd.grad(torch.nn.functional.group_norm(x, 4, weight, bias), (weight, bias), dy)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("view", ["sliced", "transposed", "expanded"])
+def test_what_is_not_dense_is_packed(on_gpu: list[Any], view: str) -> None:
+    x = tensor(2, 8, 6, 10, grad=False)
+    x = {"sliced": x[..., ::2], "transposed": x.transpose(2, 3), "expanded": x[:, :, :1].expand(2, 8, 6, 10)}[view]
+    y = gnt.group_norm(x, 4)
+    torch.testing.assert_close(y, torch.nn.functional.group_norm(x, 4), atol=1e-5, rtol=1e-5)
+    assert on_gpu[0].convert
+
+
+def test_out_and_in_place() -> None:
+    x = tensor(2, 8, 6, 5, grad=False)
+    wanted = torch.nn.functional.group_norm(x, 4)
+    out = torch.empty_like(x)
+    assert gnt.group_norm(x, 4, out=out) is out
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    strided = torch.empty(2, 8, 6, 10)[..., ::2]
+    torch.testing.assert_close(gnt.group_norm(x, 4, out=strided), wanted, atol=1e-5, rtol=1e-5)
+    gnt.group_norm(x, 4, out=x)
+    torch.testing.assert_close(x, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_moments_and_normalize() -> None:
+    x, weight = tensor(2, 8, 6, 5, grad=False), tensor(8, grad=False)
+    parts = [gnt.moments(part.contiguous(), 4) for part in x.split(2, dim=2)]
+    y = gnt.normalize(x, gnt.merge_moments(parts), weight)
+    torch.testing.assert_close(y, torch.nn.functional.group_norm(x, 4, weight), atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_to_do() -> None:
+    assert gnt.group_norm(torch.zeros(0, 4, 3), 2).shape == (0, 4, 3)
+
+
+def test_a_model_trains() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8), torch.nn.SiLU())
+    x = torch.randn(2, 3, 6, 6)
+    want = model(x)
+    report = gnt.convert(model)
+    assert report.count("fused") == 1
+    got = model(x)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    got.sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_the_check_at_full_size_on_a_small_case(layout: str) -> None:
+    """What `make test-gpu` does, so that its first hour on a GPU is not lost to a mistake in it."""
+    found = check_case(Case("small", (2, 8, 6, 5), 4, "a test", "silu"), "float32", layout, 2, "cpu")
+    assert {check.regime for check in found} == {"resident", "split", "ticketed", "two_pass"}
+    assert len({check.what for check in found}) == 7
+    wrong = [check for check in found if check.failure is not None or not check.used <= 1]
+    assert not wrong
+
+
+def test_triton_is_missed_with_a_warning(monkeypatch: Any) -> None:
+    monkeypatch.setattr(gpu.util, "find_spec", lambda name: None)
+    gpu.is_here.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"pip install 'groupnorm\[gpu\]'"):
+        assert not gpu.is_here()
+    gpu.is_here.cache_clear()
