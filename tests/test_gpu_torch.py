@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("triton", minversion="3.9")
+
+import torch
 
 import groupnorm.torch as gnt
 from groupnorm._engines.gpu.compiler import INTERPRETED

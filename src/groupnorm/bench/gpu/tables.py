@@ -4,6 +4,7 @@ measured.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _predictions(results: Path) -> str:
-    """What the engine should take on a GPU that it has not run on."""
+_SHORT = ("resnet50-conv2", "sd15-64", "vae-512-mid", "video-20", "vae-1024")  # one for each regime and layout
+
+
+def _predictions(results: Path, *, short: bool = False) -> str:
+    """What the engine should take on a GPU that it has not run on; `short`: forward of a few cases."""
     found = _read(results / "offline" / "predictions.json")
     if found is None:
         return ""
@@ -25,6 +29,8 @@ def _predictions(results: Path) -> str:
         "|---|---|---|---|--:|--:|--:|--:|",
     ]  # fmt: skip
     for row in found["predictions"]:
+        if short and (row["case"] not in _SHORT or row["task"] != "forward"):
+            continue
         what = f"{row['layout']} {row['task']}{' ' + row['activation'] if row['activation'] else ''}"
         share = 100 * row["least_us"] / row["predicted_us"]
         lines.append(f"| {row['case']} | {row['shape']} | {what} | {row['regime']} | {row['units']:.2g} | "
@@ -94,6 +100,7 @@ def _time(row: Any) -> str:
 
 GPU_TABLES: dict[str, Callable[[Path], str]] = {
     "gpu-predictions": _predictions,
+    "gpu-predictions-short": partial(_predictions, short=True),
     "gpu-kernels": _kernels,
     "gpu-measured": _measured,
 }
