@@ -111,6 +111,12 @@ WRONG: dict[str, tuple[dict[str, Any], type, list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: Any) -> None:
+    """Which would take NumPy arrays for the GPU engine."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def call(**changes: Any) -> Any:
     arguments = {"x": X, "num_groups": 2} | changes
     return gn.group_norm(arguments.pop("x"), arguments.pop("num_groups"), **arguments)

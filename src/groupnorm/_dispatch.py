@@ -32,8 +32,8 @@ def choose(problem: Problem, impl: str | None, num_threads: int, *, on_gpu: bool
     replaced. on_gpu: where the arrays are; Triton's interpreter takes those in host memory for the GPU engine.
     """
     if impl == "gpu" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise EngineError('impl="gpu" takes arrays in GPU memory: got one in host memory; use "cpu", or move it to the '
-                          "GPU and call groupnorm.torch")  # fmt: skip
+        raise EngineError('impl="gpu" takes arrays in GPU memory: got a NumPy array in host memory; use "cpu", or move '
+                          "it to the GPU and call groupnorm.torch")  # fmt: skip
     chosen = engine("cpu" if impl is None else impl)
     refusal = chosen.supports(problem)
     if refusal is not None:
