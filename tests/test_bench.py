@@ -220,7 +220,7 @@ def test_report_twice_changes_nothing(tree):
     text = (tree / "README.md").read_text()
     assert "tiny-32" in text
     assert text.count("before\n\n<!-- bench:") == len(TABLES) + len(CHARTS)
-    picture = next((tree / "docs" / "img").glob("*.svg"))
+    picture = next((tree / "docs" / "img").glob("bench-chart-forward-*.svg"))
     assert f"](docs/img/{picture.name})" in text
     assert f"](img/{picture.name})" in (tree / "docs" / "page.md").read_text()
 

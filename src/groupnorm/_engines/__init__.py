@@ -17,3 +17,22 @@ writes dx and dresidual unless `problem.dx` is False.
 The CPU and the GPU engine have a fifth function, `run_at(plan, fresh, x, y, ...)`: the same on addresses in memory
 instead of arrays, for front ends whose tensors are no NumPy arrays.
 """
+
+from typing import Any
+
+import numpy as np
+
+from groupnorm._core.problem import Problem
+
+__all__ = ["fill_empty"]
+
+
+def fill_empty(p: Problem, mean: Any, rstd: Any, zeros: tuple[Any, ...]) -> None:
+    """Results for a problem without elements, for every engine: mean 0, variance 0; moments and gradients 0."""
+    if mean is not None:
+        mean[...] = 0
+        with np.errstate(divide="ignore"):
+            rstd[...] = 1 / np.sqrt(np.float64(p.eps))
+    for array in zeros:
+        if array is not None:
+            array[...] = 0

@@ -14,6 +14,7 @@ import numpy as np
 
 from groupnorm._core import buffers
 from groupnorm._core.problem import Problem
+from groupnorm._engines import fill_empty
 from groupnorm._engines.cpu.copy import stream_copy
 from groupnorm._engines.cpu.plan import Plan, make_plan
 from groupnorm._engines.cpu.records import ARRAYS
@@ -42,7 +43,7 @@ def forward(
 ) -> None:  # fmt: skip
     """Fill y, and mean and rstd or moments where given."""
     if not plan.launches:
-        _fill_empty(plan, mean, rstd, (moments,))
+        fill_empty(plan.problem, mean, rstd, (moments,))
         return
     work = np.empty(plan.work) if plan.work else None
     rows = np.empty(plan.rows) if plan.rows else None
@@ -58,7 +59,7 @@ def backward(
 ) -> None:  # fmt: skip
     """Fill dx and every other gradient that is given."""
     if not plan.launches:
-        _fill_empty(plan, None, None, (dweight, dbias, dscale, dshift))
+        fill_empty(plan.problem, None, None, (dweight, dbias, dscale, dshift))
         return
     moments = None
     if plan.statistics is not None:
@@ -103,14 +104,3 @@ def _scratch(size: int) -> tuple[int, Any]:
         if size <= _SCRATCH:
             _own.scratch = found
     return found
-
-
-def _fill_empty(plan: Plan, mean: Any, rstd: Any, zeros: tuple[Any, ...]) -> None:
-    """Results for a problem without elements: mean 0, variance 0, gradients 0."""
-    if mean is not None:
-        mean[...] = 0
-        with np.errstate(divide="ignore"):
-            rstd[...] = 1 / np.sqrt(np.float64(plan.problem.eps))
-    for array in zeros:
-        if array is not None:
-            array[...] = 0

@@ -8,9 +8,8 @@ data goes through the chip: docs/gpu.md.
 
 from typing import Any
 
-import numpy as np
-
 from groupnorm._core.problem import Problem
+from groupnorm._engines import fill_empty
 from groupnorm._engines.gpu.device import current_device, current_stream, on_device
 from groupnorm._engines.gpu.launch import TooLargeError, run
 from groupnorm._engines.gpu.plan import Plan, make_plan, refusal
@@ -38,7 +37,7 @@ def forward(
     """Fill y, and mean and rstd or moments where given: arrays in host memory, for Triton's interpreter."""
     given = (x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments)
     if not plan.launches:
-        _fill_empty(plan, mean, rstd, (moments,))
+        fill_empty(plan.problem, mean, rstd, (moments,))
     else:
         run_at(plan, False, *map(_at, given))
 
@@ -49,7 +48,7 @@ def backward(
 ) -> None:  # fmt: skip
     """Fill dx and every other gradient that is given: arrays in host memory, for Triton's interpreter."""
     if not plan.launches:
-        _fill_empty(plan, None, None, (dweight, dbias, dscale, dshift))
+        fill_empty(plan.problem, None, None, (dweight, dbias, dscale, dshift))
         return
     given = (x, None, weight, bias, scale, shift, residual, mask, mean, rstd, None, dy, dx, dweight, dbias, dscale,
              dshift, dresidual)  # fmt: skip
@@ -99,14 +98,3 @@ def run_at(
 def _at(array: Any) -> int:
     """Where an array in host memory begins, which nothing but the interpreter can use."""
     return 0 if array is None else int(array.ctypes.data)
-
-
-def _fill_empty(plan: Plan, mean: Any, rstd: Any, zeros: tuple[Any, ...]) -> None:
-    """Results for a problem without elements: mean 0, variance 0, gradients 0."""
-    if mean is not None:
-        mean[...] = 0
-        with np.errstate(divide="ignore"):
-            rstd[...] = 1 / np.sqrt(np.float64(plan.problem.eps))
-    for array in zeros:
-        if array is not None:
-            array[...] = 0
