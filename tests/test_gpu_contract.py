@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 SMALL = Device(
-    0, "a small GPU", 90, 4, 1 << 16,
+    0, "a small GPU", 90, 4, 1 << 16, clusters=True,
     limits=Limits(held=1 << 13, held_backward=1 << 13, part=512, part_backward=512, together=256),
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.9")
 
+from groupnorm._engines.gpu.plan import REGIMES
 from groupnorm.bench.gpu.kernels import ARCHITECTURES, source_hash
 
 FOLDER = Path(__file__).parents[1] / "results" / "offline"
@@ -25,7 +26,9 @@ def test_records_are_of_these_sources_and_break_no_rule(capability: int) -> None
     assert record["source"] == source_hash(), "the engine has changed: make gpu-kernels"
     kernels = record["kernels"]
     assert len(kernels) > 200
-    assert {kernel["regime"] for kernel in kernels} == {"resident", "split", "ticketed", "two_pass"}
+    clusters = capability >= 90
+    assert {kernel["regime"] for kernel in kernels} == {*REGIMES} - {*([] if clusters else ["clustered"])}
+    assert {kernel["multiprocessors"] for kernel in kernels} == ({1, 2, 4, 8} if clusters else {1})
     broken = [
         f"{k['case']} {k['task']} {k['layout']} {k['dtype']} {k['kernel']}: {k['broken']}"
         for k in kernels

@@ -23,7 +23,7 @@ from groupnorm._engines.gpu.workspace import Workspace
 from groupnorm.bench.gpu.cases import GPU_CASES, LAYOUTS, problem_of
 from groupnorm.bench.gpu.kernels import ARCHITECTURES
 
-H200 = ARCHITECTURES[90]
+H200 = replace(ARCHITECTURES[90], clusters=True)
 TASKS = ("forward", "backward")
 
 
@@ -37,9 +37,11 @@ def case(name: str) -> Any:
         ("resnet50-conv2", "NCHW", "resident"),  # groups of 49 KB
         ("resnet50-conv5", "NHWC", "resident"),
         ("sd15-8", "NCHW", "resident"),
-        ("sd15-64", "NCHW", "split"),  # 80 KB, 32 of them are too few for a program each
+        ("sd15-64", "NCHW", "clustered"),  # 80 KB, 32 of them are too few for a program each
         ("sd15-64", "NHWC", "split"),
-        ("vae-64", "NCHW", "split"),
+        ("vae-64", "NCHW", "clustered"),
+        ("fpn-p3", "NCHW", "clustered"),  # 269 KB: the largest for eight multiprocessors
+        ("vae-512", "NCHW", "split"),  # 2 MB
         ("vae-512-mid", "NCHW", "ticketed"),  # 4 MB, and 10 MB
         ("video-20", "NCHW", "ticketed"),
         ("video-20", "NHWC", "two_pass"),  # a slab of 64 bytes is 80 MB
@@ -47,8 +49,11 @@ def case(name: str) -> Any:
     ],
 )
 def test_regimes_of_real_shapes(name: str, layout: str, regime: str) -> None:
-    plan = make_plan(problem_of(case(name), "forward", layout, "bfloat16"), H200)
+    problem = problem_of(case(name), "forward", layout, "bfloat16")
+    plan = make_plan(problem, H200)
     assert plan.regime == regime
+    if regime == "clustered":
+        assert make_plan(problem, replace(H200, clusters=False)).regime == "split", "as Triton 3.6 has it"
     assert regime in str(plan)
     assert "because" in str(plan)
 
@@ -79,7 +84,7 @@ def test_plans_fit_what_they_are_for() -> None:
                     first = plan.launches[0]
                     constants = first.constants
                     tile = constants["ROWS"] * constants["COLS"]
-                    if plan.regime == "resident":
+                    if plan.regime in ("resident", "clustered"):
                         assert tile * first.grid[0] >= problem.N * problem.C * problem.S
                     else:
                         assert first.numbers["across"] * constants["COLS"] * first.numbers.get("tiles", 1) >= problem.S
@@ -99,14 +104,16 @@ def test_without_cooperative_launches() -> None:
     assert make_plan(problem, H200, cooperative=False).regime == "ticketed"
 
 
-def test_a_refused_cooperative_launch_takes_another_road(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("regime", ["clustered", "split"])
+def test_a_refused_launch_takes_another_road(monkeypatch: Any, regime: str) -> None:
     if not INTERPRETED:
         pytest.skip("with the interpreter")
-    small = Device(0, "small", 90, 4, 1 << 20, limits=Limits(held=64, held_backward=64, part=256, part_backward=256))
+    limits = Limits(held=64, held_backward=64, part=256, part_backward=256, together=64)
+    small = Device(0, "small", 90, 4, 1 << 20, limits=limits, clusters=regime == "clustered")
     refused = []
 
     def run(plan: Any, *arguments: Any) -> None:
-        if plan.regime == "split":
+        if plan.regime == regime:
             refused.append(plan)
             raise launch.TooLargeError("it does not fit")
         launch.run(plan, *arguments)
@@ -117,8 +124,21 @@ def test_a_refused_cooperative_launch_takes_another_road(monkeypatch: Any) -> No
     x = np.random.default_rng(0).standard_normal((1, 4, 200)).astype(np.float32)
     for _ in range(2):
         assert np.allclose(gn.group_norm(x, 2, impl="gpu"), gn.group_norm(x, 2), atol=1e-5)
-    assert len(refused) == 1, "once is enough"
+    assert [plan.regime for plan in refused] == [regime], "once is enough"
     gn.numpy._calls.clear()
+
+
+def test_what_a_refusal_looks_like() -> None:
+    plan = make_plan(problem_of(case("sd15-64"), "forward", "NCHW", "bfloat16"), H200)
+    (clustered,) = plan.launches
+    (plain,) = make_plan(problem_of(case("sd15-8"), "forward", "NCHW", "bfloat16"), H200).launches
+    said = "triton error [cuda]: cluster target block not present"
+    assert launch._does_not_fit(clustered, said)
+    assert not launch._does_not_fit(clustered, "triton error [cuda]: an illegal memory access was encountered")
+    assert not launch._does_not_fit(plain, said)
+    tried: list[Any] = []
+    launch.compiler_options(clustered, lambda options: tried.append(options) or (100, 0))
+    assert [options["num_ctas"] for options in tried] == [clustered.multiprocessors]
 
 
 def test_every_regime_takes_a_small_problem() -> None:

@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import groupnorm.torch as gnt  # noqa: E402
+from groupnorm.torch import call  # noqa: E402
 
 nn = torch.nn
 F = torch.nn.functional
@@ -54,6 +55,34 @@ def test_inductor_keeps_one_kernel_for_norm_and_activation():
         _, code = torch._inductor.utils.run_and_get_code(torch.compile(model, fullgraph=True), x)
     assert "".join(code).count("groupnorm.group_norm.default(") == 2
     assert "sigmoid" not in "".join(code)
+
+
+@pytest.mark.slow
+def test_inductor_brings_nothing_into_another_layout(monkeypatch):
+    """It lays tensors between convolutions channels last: both directions take them so, and results come back as they
+    would from the model itself.
+    """
+    torch._dynamo.reset()
+    seen = []
+
+    def watch(name, place):
+        plain = getattr(call, name)
+
+        def watched(*given):
+            seen.append((name, given[place].is_contiguous(memory_format=torch.channels_last)))
+            return plain(*given)
+
+        monkeypatch.setattr(call, name, watched)
+
+    watch("forward", 1)
+    watch("backward", 2)
+    model, x = net(), torch.randn(2, 4, 9, 9)
+    compiled = torch.compile(nn.Sequential(model, nn.Conv2d(8, 8, 1)), fullgraph=True)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        y = compiled(x)
+        y.sum().backward()
+    assert seen == [("forward", True)] * 2 + [("backward", True)] * 2
+    assert y.is_contiguous()
 
 
 def test_export_to_a_file_and_back():

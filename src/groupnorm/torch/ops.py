@@ -18,10 +18,14 @@ Tensor = Any
 _OPTIONS = ("int num_groups, Tensor? weight, Tensor? bias, float eps, str? activation, Tensor? scale, Tensor? shift, "
             "Tensor? residual, Tensor? mask")  # fmt: skip
 _library: Any = torch.library.Library("groupnorm", "DEF")  # type: ignore[no-untyped-call]
-_library.define(f"group_norm(Tensor x, {_OPTIONS}) -> (Tensor, Tensor)")
+# Inductor lays the tensors between convolutions channels last, and would bring them back before an operator that does
+# not say that it takes them as they lie: two copies around each norm, more than the norm itself takes.
+_TAGS = torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag
+_library.define(f"group_norm(Tensor x, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(
     f"group_norm_backward(Tensor dy, Tensor x, Tensor stats, {_OPTIONS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 

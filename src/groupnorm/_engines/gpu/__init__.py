@@ -85,10 +85,13 @@ def run_at(
                 rstd, low = mean + groups, mean + 2 * groups
         if plan.statistics is not None:
             run_at(plan.statistics, fresh, x, 0, 0, 0, 0, 0, 0, mask, mean, rstd, low=low)
+        bits = (x | y | weight | bias | scale | shift | residual | mask | mean | rstd | moments | dy | dx | dweight
+                | dbias | dscale | dshift | dresidual | counters | partials | sums | totals | low)  # fmt: skip
         try:
             run(plan, (x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias,
-                       dscale, dshift, dresidual, counters, partials, sums, totals, low), device, stream)  # fmt: skip
-        except TooLargeError:  # other programs hold a part of the device: from now on without cooperative launches
+                       dscale, dshift, dresidual, counters, partials, sums, totals, low), not bits & 15, device,
+                stream)  # fmt: skip
+        except TooLargeError:  # other programs hold a part of the device: from now on without such launches
             plan.ready[_INSTEAD] = make_plan(plan.problem, plan.device, cooperative=False)
             run_at(plan, fresh, x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight,
                    dbias, dscale, dshift, dresidual, low)  # fmt: skip

@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from groupnorm._engines.gpu.compiler import INTERPRETED
+from groupnorm._engines.gpu.compiler import INTERPRETED, VERSION
 from groupnorm.errors import EngineError
 
-__all__ = ["Device", "Limits", "current_device", "current_stream", "describe_device", "on_device"]
+__all__ = ["Device", "Limits", "current_device", "current_stream", "describe_device", "has_clusters", "on_device"]
 
 _TUNED = Path(__file__).parent / "tuned"
 _NOTHING = nullcontext()
 _OLDEST = 70  # Volta: release and acquire at the device's scope
+_CLUSTERS = 90  # Hopper
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Limits:
     per_warp: int = (
         1 << 10
     )  # elements that a warp holds, 32 for each thread; of twice as many split needs 255 registers
+    cluster: int = 8  # multiprocessors of a cluster at most: more are not portable; below 2 there is none
     together: int = 1 << 12  # elements below which a program takes several groups
     lanes: int = 2  # slabs at a time, at least, for split to keep memory busy while one of them waits
     in_l2: float = 0.4  # share of L2 that what lies between the two readings of the ticketed regime may take
@@ -43,7 +45,7 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Device:
     """One GPU: its number among the visible ones, name, compute capability (90 is 9.0), multiprocessors, bytes of L2
-    and of registers (of one multiprocessor).
+    and of registers (of one multiprocessor); whether several of them can hold one program together.
     """
 
     index: int
@@ -52,6 +54,7 @@ class Device:
     multiprocessors: int
     l2_bytes: int
     register_bytes: int = 256 << 10
+    clusters: bool = False
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -61,7 +64,14 @@ class Device:
 
 
 # What the interpreter stands in for. Its plans are those of this GPU.
-_STAND_IN = Device(0, "NVIDIA H200", 90, 132, 60 << 20)
+_STAND_IN = Device(0, "NVIDIA H200", 90, 132, 60 << 20, clusters=True)
+
+
+def has_clusters(capability: int) -> bool:
+    """Whether a program can have several multiprocessors: the GPU needs thread block clusters, Triton reductions across
+    them (3.6 stops at one).
+    """
+    return capability >= _CLUSTERS and VERSION >= (3, 7)
 
 
 @functools.lru_cache(maxsize=64)
@@ -77,7 +87,8 @@ def describe_device(index: int) -> Device:
         raise EngineError(f"the GPU engine needs compute capability {_OLDEST / 10}: got {capability / 10} "
                           f"({found.name}); use CPU tensors, or torch.nn.functional.group_norm")  # fmt: skip
     l2 = getattr(found, "L2_cache_size", 0) or 4 << 20
-    device = Device(index, found.name, capability, found.multi_processor_count, l2)
+    clusters = torch.version.hip is None and has_clusters(capability)
+    device = Device(index, found.name, capability, found.multi_processor_count, l2, clusters=clusters)
     return replace(device, limits=_tuned(device.slug))
 
 

@@ -10,10 +10,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import triton
-
 from groupnorm._engines.gpu import parameters, resident, split, ticketed, two_pass
-from groupnorm._engines.gpu.compiler import INTERPRETED, TESTED
+from groupnorm._engines.gpu.compiler import INTERPRETED, TESTED, VERSION
 from groupnorm._engines.gpu.plan import Launch, Plan
 
 __all__ = ["ARRAYS", "KERNELS", "TooLargeError", "array_types", "compiler_options", "run"]
@@ -31,11 +29,11 @@ ARRAYS = (
     "LOW",
 )  # fmt: skip
 _PLACES = {name: place for place, name in enumerate(ARRAYS)}
-_PUBLIC_ONLY = not TESTED[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= TESTED[1]
+_PUBLIC_ONLY = not TESTED[0] <= VERSION <= TESTED[1]
 
 
 class TooLargeError(Exception):
-    """The driver refused a cooperative launch: its programs do not fit the device together. Nothing was done."""
+    """The driver refused a launch: what must run at the same time does not fit the device. Nothing was done."""
 
 
 def array_types(plan: Plan) -> dict[str, str]:
@@ -49,12 +47,11 @@ def array_types(plan: Plan) -> dict[str, str]:
     return types | {"MASK": "uint8", "MOMENTS": "float64", "COUNTERS": "int32"}
 
 
-def run(plan: Plan, addresses: tuple[int, ...], device: int, stream: int) -> None:
-    """Launch all kernels of a plan. addresses: where the arrays begin, in the order of ARRAYS, 0 for none."""
-    aligned = 0
-    for address in addresses:
-        aligned |= address
-    key = device, aligned & 15 and tuple(address & 15 for address in addresses), tuple(map(bool, addresses))
+def run(plan: Plan, addresses: tuple[int, ...], aligned: bool, device: int, stream: int) -> None:
+    """Launch all kernels of a plan. addresses: where the arrays begin, in the order of ARRAYS, 0 for none. aligned:
+    whether 16 bytes divide each of them.
+    """
+    key = device, aligned or tuple(address & 15 for address in addresses), tuple(map(operator.not_, addresses))
     ready = plan.ready.get(key)
     if ready is None:
         plan.ready[key] = [_first(launch, array_types(plan), addresses) for launch in plan.launches]
@@ -74,6 +71,8 @@ def compiler_options(launch: Launch, compiled: Callable[[dict[str, Any]], tuple[
     common: dict[str, Any] = {"enable_fp_fusion": True}
     if launch.cooperative:
         common["launch_cooperative_grid"] = True
+    if launch.multiprocessors > 1:
+        common["num_ctas"] = launch.multiprocessors
     found: list[tuple[bool, int, int, dict[str, Any]]] = []
     for warps in dict.fromkeys((launch.warps, max(1, launch.warps // 2))):
         for bound in dict.fromkeys((None, launch.most_registers)):
@@ -84,6 +83,11 @@ def compiler_options(launch: Launch, compiled: Callable[[dict[str, Any]], tuple[
                 return options
             found.append((not fits, spills, len(found), options))
     return min(found, key=lambda tried: tried[:3])[3]
+
+
+def _does_not_fit(launch: Launch, message: str) -> bool:
+    """Whether a message is CUDA's too large cooperative launch, or its invalid cluster size."""
+    return (launch.cooperative and "cooperative" in message) or (launch.multiprocessors > 1 and "cluster" in message)
 
 
 class _Pointer:
@@ -121,8 +125,8 @@ def _first(launch: Launch, types: dict[str, str], addresses: tuple[int, ...]) ->
 
     try:
         compiled = again(addresses, 0)
-    except RuntimeError as error:  # the driver's word for it, by way of Triton: CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE
-        if launch.cooperative and "cooperative" in str(error).lower():
+    except RuntimeError as error:  # the driver's word for it, by way of Triton
+        if _does_not_fit(launch, str(error).lower()):
             raise TooLargeError(f"{launch.kernel} does not fit the device as a whole: {error}") from error
         raise
     if INTERPRETED or _PUBLIC_ONLY or not all(hasattr(compiled, n) for n in ("run", "function", "packed_metadata")):

@@ -3,8 +3,9 @@
 Groups are taken up in slabs, slabs are cut into parts (see `tiles.py`), and the regime follows from how large a slab
 is:
 
-    resident   it fits one program                     x is read once
-    split      it fits all programs of the device      x is read once, programs wait for each other
+    resident   it fits one multiprocessor              x is read once
+    clustered  it fits a cluster of multiprocessors    x is read once
+    split      it fits all multiprocessors             x is read once, programs wait for each other
     ticketed   it fits L2                              x is read twice, once from memory
     two_pass   it is larger than that                  x is read twice
 """
@@ -35,21 +36,25 @@ from groupnorm.errors import EngineError
 
 __all__ = ["REGIMES", "Launch", "Plan", "make_plan", "refusal"]
 
-REGIMES = ("resident", "split", "ticketed", "two_pass")
+REGIMES = ("resident", "clustered", "split", "ticketed", "two_pass")
 
 _REGISTERS = 128  # of a thread, so that 16 warps fit a multiprocessor; unasked ptxas takes fewer and spills instead
+_LEAST = 1 << 10  # elements of a tile below which it is not spread over more multiprocessors
 _SUM_ROWS, _SUM_CHANNELS = 256, 8  # the tile of the kernels that sum up gradients of parameters
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch: a kernel by name, its grid, the numbers it is given, and those it is compiled for."""
+    """One launch: a kernel by name, its grid, the numbers it is given, and those it is compiled for; warps of a
+    program, for each of the multiprocessors that it has (more than one: a cluster).
+    """
 
     kernel: str
     grid: tuple[int, ...]
     numbers: dict[str, int]
     constants: dict[str, Any]
     warps: int
+    multiprocessors: int = 1
     cooperative: bool = False
     most_registers: int | None = None  # of a thread
 
@@ -80,6 +85,7 @@ class Plan:
             f"regime: {self.regime}",
             *(f"  because {reason}" for reason in self.reasons),
             *(f"launch {i}: {x.kernel}, grid {'x'.join(map(str, x.grid))}, {x.warps} warps"
+              f"{f' on each of {x.multiprocessors} multiprocessors' * (x.multiprocessors > 1)}"
               f"{', cooperative' * x.cooperative}" for i, x in enumerate(self.launches, 1)),
             f"memory beside the arrays: {4 * self.counters + self.float_bytes * self.floats} bytes",
         ]  # fmt: skip
@@ -109,8 +115,8 @@ def refusal(p: Problem) -> str | None:
 
 
 def make_plan(p: Problem, device: Device, regime: str | None = None, *, cooperative: bool = True) -> Plan:
-    """The plan for a problem on a device; with a regime, in that one; `cooperative` False: without launches whose
-    programs must all run at the same time. Raises EngineError where the regime cannot be.
+    """The plan for a problem on a device; with a regime, in that one; `cooperative` False: without launches that
+    need several multiprocessors at the same time. Raises EngineError where the regime cannot be.
     """
     if p.N * p.S == 0:
         return Plan(p, device, "empty", ("there are no elements",), ())
@@ -128,12 +134,12 @@ def make_plan(p: Problem, device: Device, regime: str | None = None, *, cooperat
 
 def _plans(p: Problem, device: Device, regime: str | None, cooperative: bool) -> Iterator[Plan]:
     """The plans of each regime that can take the problem, the best one first."""
-    makers = {"resident": _resident, "split": _split, "ticketed": _ticketed, "two_pass": _two_pass}
-    for name in REGIMES:
-        if name == "split" and not cooperative:
+    makers = dict(zip(REGIMES, (_resident, _clustered, _split, _ticketed, _two_pass), strict=True))
+    for name, make in makers.items():
+        if name in ("clustered", "split") and not cooperative:
             continue
         if regime in (None, name) and (p.task != "normalize" or name == "two_pass"):
-            plan = makers[name](p, device, forced=regime is not None)
+            plan = make(p, device, forced=regime is not None)
             if plan is not None:
                 yield plan
 
@@ -151,11 +157,21 @@ def _common(p: Problem, groups: int, rows: int, cols: int, layout: str) -> dict[
     return given
 
 
-# ---- resident --------------------------------------------------------------------------------------------------------
+# ---- whole slabs -----------------------------------------------------------------------------------------------------
 
 
-def _resident(p: Problem, device: Device, *, forced: bool) -> Plan | None:
-    backward = p.task == "backward"
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """A slab as one tile, and how many elements of one a multiprocessor holds."""
+
+    groups: int
+    rows: int
+    cols: int
+    layout: str
+    most: int
+
+
+def _whole_slab(p: Problem, device: Device) -> _Slab:
     most = most_held(p, device)
     layout = layout_of(p)
     if layout == "last":
@@ -170,17 +186,43 @@ def _resident(p: Problem, device: Device, *, forced: bool) -> Plan | None:
         flat = not wants_sums(p) and (p.S * p.itemsize % 16 > 0 or above(p.D) * above(p.S) >= 2 * p.D * p.S)
         layout = "flat" if flat else "first"
         rows, cols = (above(groups), above(p.D * p.S)) if flat else (above(groups * p.D), above(p.S))
-    if rows * cols > most:
+    return _Slab(groups, rows, cols, layout, most)
+
+
+def _resident(p: Problem, device: Device, *, forced: bool) -> Plan | None:
+    slab = _whole_slab(p, device)
+    return None if slab.rows * slab.cols > slab.most else _held(p, device, "resident", slab, 1)
+
+
+def _clustered(p: Problem, device: Device, *, forced: bool) -> Plan | None:
+    """As few multiprocessors for a slab as hold it and as keep all of them busy with one sample."""
+    slab = _whole_slab(p, device)
+    tile = slab.rows * slab.cols
+    most = slab.most // 2 if slab.layout == "last" and p.itemsize <= 2 else slab.most  # 189 spills with all of it
+    size, slabs = 2, -(-p.G // slab.groups)
+    while 2 * size <= device.limits.cluster and (
+        tile > size * most or (slabs * size < device.multiprocessors and tile > size * _LEAST)
+    ):
+        size *= 2
+    if not device.clusters or size > device.limits.cluster or tile > size * most:
         return None
-    slabs = p.N * -(-p.G // groups)
-    constants = {"S": p.S, **_common(p, groups, rows, cols, layout)}
-    reasons = (f"{slabs} slabs of {groups} groups, {groups * p.D * p.S} elements each: at most {most} are held by one "
-               "program",)  # fmt: skip
-    if not backward:
-        launch = Launch("resident_forward", (slabs,), {}, constants, warps_for(device, rows * cols))
-        return Plan(p, device, "resident", reasons, (launch,))
-    launch = Launch("resident_backward", (slabs,), {"N": p.N}, constants, warps_for(device, 2 * rows * cols))
-    return _backward(p, device, "resident", reasons, [launch], across=1)
+    return _held(p, device, "clustered", slab, size)
+
+
+def _held(p: Problem, device: Device, regime: str, slab: _Slab, multiprocessors: int) -> Plan:
+    """The plan of a problem whose slabs are held by one program each."""
+    slabs = p.N * -(-p.G // slab.groups)
+    share = slab.rows * slab.cols // multiprocessors
+    constants = {"S": p.S, **_common(p, slab.groups, slab.rows, slab.cols, slab.layout)}
+    holders = f"a cluster of {multiprocessors} multiprocessors" if multiprocessors > 1 else "one program"
+    reasons = (f"{slabs} slabs of {slab.groups} groups, {slab.groups * p.D * p.S} elements each: "
+               f"{multiprocessors * slab.most} may be held by {holders}",)  # fmt: skip
+    if p.task != "backward":
+        launch = Launch("resident_forward", (slabs,), {}, constants, warps_for(device, share), multiprocessors)
+        return Plan(p, device, regime, reasons, (launch,))
+    launch = Launch("resident_backward", (slabs,), {"N": p.N}, constants, warps_for(device, 2 * share),
+                    multiprocessors)  # fmt: skip
+    return _backward(p, device, regime, reasons, [launch], across=1)
 
 
 # ---- slabs in parts --------------------------------------------------------------------------------------------------

@@ -1,8 +1,12 @@
 """Resident: one program holds a slab on chip. It reads x once and writes y once, and waits for nobody.
 
-For groups that fit the registers of one program: 2 units of traffic forward, 3 backward (1 unit is the size of x),
-which is the least there is. The data's way: memory, L2, registers; statistics from registers; registers, L2, memory.
-Compiled for the number of positions, so that columns beyond it cost no registers.
+For groups that fit the registers of one multiprocessor: 2 units of traffic forward, 3 backward (1 unit is the size of
+x), which is the least there is. The data's way: memory, L2, registers; statistics from registers; registers, L2,
+memory. Compiled for the number of positions, so that columns beyond it cost no registers.
+
+Clustered: the same kernels, and the program has 2, 4 or 8 multiprocessors. Triton cuts the tile and adds up across
+them, by way of their shared memory. The hardware starts all multiprocessors of a cluster at once or none, so nothing
+can hang where one waits for another; clusters queue up as programs do: any grid will do.
 """
 
 import triton.language as tl

@@ -43,8 +43,9 @@ __all__ = ["ticketed_backward", "ticketed_forward"]
 def _leave(COUNTERS, ticket, last, slabs):
     """The program that draws the last ticket of all comes when everybody is done: it sets the counters back to 0."""
     if ticket == last:
-        for slab in range(slabs + 1):
-            tl.store(COUNTERS + slab, 0)
+        for first in range(0, slabs + 1, 1024):
+            at = first + tl.arange(0, 1024)
+            tl.store(COUNTERS + at, tl.zeros([1024], tl.int32), mask=at <= slabs)
 
 
 @kernel

@@ -9,12 +9,12 @@ import hashlib
 import json
 import multiprocessing
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from groupnorm._core.atomic import write_whole
-from groupnorm._engines.gpu.device import Device
+from groupnorm._engines.gpu.device import Device, has_clusters
 from groupnorm._engines.gpu.plan import Launch, Plan, make_plan
 from groupnorm.bench.cases import Case
 from groupnorm.bench.gpu.cases import DTYPES, GPU_CASES, LAYOUTS, problem_of
@@ -24,8 +24,8 @@ __all__ = ["ARCHITECTURES", "Variant", "broken_rules", "compile_all", "source_ha
 # One GPU for each architecture, since plans are made for a GPU; sizes from NVIDIA's architecture whitepapers.
 ARCHITECTURES = {
     80: Device(0, "NVIDIA A100", 80, 108, 40 << 20),
-    90: Device(0, "NVIDIA H200", 90, 132, 50 << 20),
-    100: Device(0, "NVIDIA B200", 100, 148, 126 << 20),
+    90: Device(0, "NVIDIA H200", 90, 132, 50 << 20, clusters=has_clusters(90)),
+    100: Device(0, "NVIDIA B200", 100, 148, 126 << 20, clusters=has_clusters(100)),
 }
 _NOT_COMPILED = ("__init__.py", "workspace.py", "offline.py")
 _REGISTERS = 65536  # of one multiprocessor
@@ -46,16 +46,21 @@ class Variant:
 
 
 def variants(capability: int, cases: Iterable[Case], dtypes: Iterable[str] = DTYPES) -> Iterator[Variant]:
-    """What has to be compiled for an architecture, each kernel once."""
+    """What has to be compiled for an architecture, each kernel once; with clusters, and without, as for earlier
+    versions of Triton.
+    """
     seen = set()
+    device = ARCHITECTURES[capability]
+    devices = dict.fromkeys((device, replace(device, clusters=False)))
     for case in cases:
         for dtype in dtypes:
             for layout in LAYOUTS:
                 for task in ("forward", "backward"):
                     problem = problem_of(case, task, layout, dtype)
-                    plan = make_plan(problem, ARCHITECTURES[capability])
-                    for launch in plan.launches:
-                        key = launch.kernel, dtype, launch.warps, json.dumps(launch.constants, sort_keys=True)
+                    plans = [make_plan(problem, device) for device in devices]
+                    for plan, launch in ((made, launch) for made in plans for launch in made.launches):
+                        constants = json.dumps(launch.constants, sort_keys=True)
+                        key = launch.kernel, dtype, launch.warps, launch.multiprocessors, constants
                         if key not in seen:
                             seen.add(key)
                             yield Variant(case.name, task, layout, dtype, plan, launch, _wide(plan, launch))
@@ -64,7 +69,7 @@ def variants(capability: int, cases: Iterable[Case], dtypes: Iterable[str] = DTY
 def _wide(plan: Plan, launch: Launch) -> bool:
     """Whether each row (channels last: each column) of a tile begins where 16 bytes can be loaded at once."""
     p, vector = plan.problem, 16 // plan.problem.itemsize
-    if launch.constants["ROWS"] * launch.constants.get("COLS", 0) < vector * 32 * launch.warps:
+    if launch.constants["ROWS"] * launch.constants.get("COLS", 0) < vector * 32 * launch.warps * launch.multiprocessors:
         return False  # a thread has less than that
     layout = launch.constants.get("LAYOUT")
     run = {"first": p.S, "flat": p.D * p.S, "last": launch.constants.get("P", 1) * p.D}.get(layout or "", 0)
@@ -100,7 +105,8 @@ def _compiled(work: tuple[Variant, int]) -> dict[str, Any]:
     constants = {name: value for name, value in variant.launch.constants.items() if value is not None}
     return {
         "case": variant.case, "task": variant.task, "layout": variant.layout, "dtype": variant.dtype,
-        "regime": variant.plan.regime, **found, "constants": constants, "broken": broken_rules(variant, found),
+        "regime": variant.plan.regime, "multiprocessors": variant.launch.multiprocessors, **found,
+        "constants": constants, "broken": broken_rules(variant, found),
     }  # fmt: skip
 
 
@@ -146,7 +152,8 @@ def main() -> None:
                 constants = record["constants"]
                 shape = f"{constants.get('ROWS')}x{constants.get('COLS', '')} {constants.get('LAYOUT', '')}"
                 print(f"sm_{capability} {record['case']} {record['task']} {record['layout']} {record['dtype']} "
-                      f"{record['kernel']} {shape} {record['warps']} warps {record['registers']} registers: "
+                      f"{record['kernel']} {shape} {record['warps']} warps "
+                      f"x {record['multiprocessors']} {record['registers']} registers: "
                       f"{'; '.join(record['broken'])}", flush=True)  # fmt: skip
         print(f"sm_{capability}: {len(records)} kernels", flush=True)
         if options.save:

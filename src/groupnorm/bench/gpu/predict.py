@@ -1,9 +1,9 @@
 """What the GPU engine should take on a GPU that is not here: `python -m groupnorm.bench.gpu.predict`.
 
-Predictions, not measurements: a model of five numbers, all of them assumptions until `make bench-gpu` has run.
+Predictions, not measurements: a model of six numbers, all of them assumptions until `make bench-gpu` has run.
 
-    time = START_US + BARRIER_US * barriers + LAUNCH_US * (launches - 1) + bytes / (memory bandwidth * EFFICIENCY *
-    busy)
+    time = START_US + BARRIER_US * barriers + CLUSTER_US * clusters + LAUNCH_US * (launches - 1)
+         + bytes / (memory bandwidth * EFFICIENCY * busy)
 
 `bytes` is what the regime moves through memory: 2 units forward and 3 backward (a unit is the size of x), in two passes
 3 and 5; what the ticketed regime reads again comes from L2, and costs L2_SHARE of what it would from memory. `busy` is
@@ -12,6 +12,7 @@ the share of multiprocessors that have a program.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = ["ASSUMED", "predict_us"]
 ASSUMED = {
     "START_US": 2.2,  # a kernel in a graph, from the end of the one before
     "BARRIER_US": 1.5,  # a release and an acquire through L2, with what is stored and loaded around them
+    "CLUSTER_US": 0.5,  # the same within a cluster, through shared memory
     "LAUNCH_US": 1.2,  # another kernel in a graph
     "EFFICIENCY": 0.85,  # of the bandwidth on the data sheet
     "L2_SHARE": 0.35,  # what reading a byte again from L2 takes, of reading it from memory
@@ -40,10 +42,11 @@ def predict_us(plan: Plan) -> tuple[float, float, float]:
     unit = p.N * p.C * p.S * p.itemsize
     least, second = (3, 2) if p.task == "backward" else (2, 1)
     units = least + {"ticketed": second * ASSUMED["L2_SHARE"], "two_pass": second}.get(plan.regime, 0.0)
-    programs = plan.launches[0].grid[0] * (plan.launches[0].grid[1] if len(plan.launches[0].grid) > 1 else 1)
+    programs = math.prod(plan.launches[0].grid) * plan.launches[0].multiprocessors
     busy = min(1.0, programs / plan.device.multiprocessors)
     waits = plan.regime in ("split", "ticketed")
-    time_us = ASSUMED["START_US"] + ASSUMED["BARRIER_US"] * waits + ASSUMED["LAUNCH_US"] * (len(plan.launches) - 1)
+    waits_us = ASSUMED["BARRIER_US"] * waits + ASSUMED["CLUSTER_US"] * (plan.regime == "clustered")
+    time_us = ASSUMED["START_US"] + waits_us + ASSUMED["LAUNCH_US"] * (len(plan.launches) - 1)
     bandwidth = ASSUMED["BANDWIDTH_BYTES_PER_S"]
     time_us += units * unit / (bandwidth * ASSUMED["EFFICIENCY"] * busy) * 1e6
     return time_us, least * unit / bandwidth * 1e6, units

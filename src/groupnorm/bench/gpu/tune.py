@@ -20,8 +20,9 @@ __all__ = ["plan_us", "tune"]
 _CASES = ("resnet50-conv2", "sd15-64", "sd15-32", "vae-512-mid", "video-20", "vae-1024", "fpn-p3")
 _CHOICES: dict[str, tuple[float, ...]] = {  # in this order: what decides most comes first
     "part": (1 << 12, 1 << 13, 1 << 14), "part_backward": (1 << 11, 1 << 12, 1 << 13), "held": (1 << 14, 1 << 15),
-    "held_backward": (1 << 13, 1 << 14), "per_warp": (1 << 9, 1 << 10, 1 << 11), "lanes": (1, 2, 4),
-    "in_l2": (0.0, 0.2, 0.4, 0.6), "lag": (1, 2), "waves": (4, 8, 16),
+    "held_backward": (1 << 13, 1 << 14), "cluster": (1, 2, 4, 8),
+    "per_warp": (1 << 9, 1 << 10, 1 << 11), "lanes": (1, 2, 4), "in_l2": (0.0, 0.2, 0.4, 0.6), "lag": (1, 2),
+    "waves": (4, 8, 16),
 }  # fmt: skip
 
 
