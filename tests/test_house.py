@@ -25,7 +25,7 @@ LAYERS = [
     ["cli"],
     ["bench"],
     ["analysis", "files"],
-    ["caffe2"],  # stands on the NumPy front end
+    ["caffe2", "cuda"],  # which stand on the front ends for NumPy and for PyTorch
     ["numpy", "torch", "jax", "onnx"],
     ["_dispatch"],
     ["_engines.cpu", "_engines.gpu", "_engines.reference"],
@@ -43,7 +43,7 @@ MAY_IMPORT = {
 # ... and these are imported by exactly these layers, or by all of them.
 IMPORTED_BY = {
     "": {"cli", "__main__", "bench"},
-    "reference": {"", "numpy", "cli", "__main__", "bench", "analysis", "_dispatch", "_engines.reference"},
+    "reference": {"", "numpy", "cli", "__main__", "bench", "analysis", "_dispatch", "_engines.reference", "cuda"},
     "_version": {layer for line in LAYERS for layer in line} | {""},
 }
 
@@ -54,7 +54,7 @@ THIRD_PARTY = {
     "ml_dtypes": ANYONE - {"reference", "errors"},
     "numba": {"_engines.cpu", "cli", "bench"},
     "llvmlite": {"_engines.cpu", "cli", "bench"},
-    "torch": {"_engines.gpu", "torch", "analysis", "cli", "bench"},
+    "torch": {"_engines.gpu", "torch", "cuda", "analysis", "cli", "bench"},
     "triton": {"_engines.gpu", "cli", "bench"},
     "jax": {"jax", "cli", "bench"},
     "onnx": {"onnx", "caffe2", "cli", "bench"},
@@ -63,6 +63,7 @@ THIRD_PARTY = {
     "onnxruntime": {"cli", "bench"},
     "openvino": {"cli", "bench"},
     "apex": {"bench"},
+    "cupy": {"bench"},
     "flag_gems": {"bench"},
     "liger_kernel": {"bench"},
     "diffusers": {"bench"},

@@ -153,6 +153,9 @@ def _floats(name: str, value: Any) -> Array:
     """value as a plain array of one of our types; the same object if it is one already."""
     if value is None:
         raise DtypeError(f"{name} must be an array: got None")
+    if hasattr(value, "__cuda_array_interface__"):
+        raise DtypeError(f"{name} must be an array in host memory: got {type(value).__name__} in GPU memory; use "
+                         "groupnorm.cuda, or groupnorm.torch for tensors")  # fmt: skip
     try:
         array = value if value.__class__ is np.ndarray else np.asarray(value)
     except (ValueError, TypeError) as error:

@@ -40,6 +40,7 @@ REGIMES = ("resident", "clustered", "split", "ticketed", "two_pass")
 
 _REGISTERS = 128  # of a thread, so that 16 warps fit a multiprocessor; unasked ptxas takes fewer and spills instead
 _LEAST = 1 << 10  # elements of a tile below which it is not spread over more multiprocessors
+_SECTOR = 32  # bytes: memory is read in no smaller pieces
 _SUM_ROWS, _SUM_CHANNELS = 256, 8  # the tile of the kernels that sum up gradients of parameters
 
 
@@ -191,32 +192,34 @@ def _whole_slab(p: Problem, device: Device) -> _Slab:
 
 def _resident(p: Problem, device: Device, *, forced: bool) -> Plan | None:
     slab = _whole_slab(p, device)
-    return None if slab.rows * slab.cols > slab.most else _held(p, device, "resident", slab, 1)
+    return None if slab.rows * slab.cols > slab.most else _held(p, device, "resident", slab, slab.most, 1)
 
 
 def _clustered(p: Problem, device: Device, *, forced: bool) -> Plan | None:
     """As few multiprocessors for a slab as hold it and as keep all of them busy with one sample."""
     slab = _whole_slab(p, device)
-    tile = slab.rows * slab.cols
-    most = slab.most // 2 if slab.layout == "last" and p.itemsize <= 2 else slab.most  # 189 spills with all of it
+    tile, largest = slab.rows * slab.cols, device.limits.cluster
+    most = most_held(p, device) // 2  # what one holds alone spills here, in 14 to 189 places
+    if slab.layout == "last":  # Triton gives each multiprocessor some of the rows, here neighbours in memory
+        largest = min(largest, slab.rows * p.itemsize // _SECTOR)
     size, slabs = 2, -(-p.G // slab.groups)
-    while 2 * size <= device.limits.cluster and (
+    while 2 * size <= largest and (
         tile > size * most or (slabs * size < device.multiprocessors and tile > size * _LEAST)
     ):
         size *= 2
-    if not device.clusters or size > device.limits.cluster or tile > size * most:
+    if not device.clusters or size > largest or tile > size * most:
         return None
-    return _held(p, device, "clustered", slab, size)
+    return _held(p, device, "clustered", slab, most, size)
 
 
-def _held(p: Problem, device: Device, regime: str, slab: _Slab, multiprocessors: int) -> Plan:
-    """The plan of a problem whose slabs are held by one program each."""
+def _held(p: Problem, device: Device, regime: str, slab: _Slab, most: int, multiprocessors: int) -> Plan:
+    """The plan of a problem whose slabs are held by one program each, `most` elements on a multiprocessor."""
     slabs = p.N * -(-p.G // slab.groups)
     share = slab.rows * slab.cols // multiprocessors
     constants = {"S": p.S, **_common(p, slab.groups, slab.rows, slab.cols, slab.layout)}
     holders = f"a cluster of {multiprocessors} multiprocessors" if multiprocessors > 1 else "one program"
     reasons = (f"{slabs} slabs of {slab.groups} groups, {slab.groups * p.D * p.S} elements each: "
-               f"{multiprocessors * slab.most} may be held by {holders}",)  # fmt: skip
+               f"{multiprocessors * most} may be held by {holders}",)  # fmt: skip
     if p.task != "backward":
         launch = Launch("resident_forward", (slabs,), {}, constants, warps_for(device, share), multiprocessors)
         return Plan(p, device, regime, reasons, (launch,))

@@ -26,7 +26,8 @@ class Workspace:
         self.device = device
         self._lock = threading.Lock()
         self._counters: dict[tuple[int, bool], Any] = {}
-        self._for_graphs = None if INTERPRETED else _zeros(device, _FOR_GRAPHS)
+        # What a capture would clear, its graph would clear at each replay, under the feet of others.
+        self._for_graphs = None if INTERPRETED or _is_capturing() else _cleared(device, _FOR_GRAPHS)
         self._taken = 0
 
     def counters(self, count: int, stream: int, *, barrier: bool) -> int:
@@ -47,7 +48,7 @@ class Workspace:
 
     def _for_capture(self, count: int) -> int:
         count = -(-count // 4) * 4  # 16 bytes
-        if self._taken + count > _FOR_GRAPHS:  # then the graph clears some of its own each time
+        if self._for_graphs is None or self._taken + count > _FOR_GRAPHS:  # the graph clears some of its own each time
             memory = _zeros(self.device, count)
             self._counters[-1 - self._taken, False] = memory, count
             self._taken += count
@@ -79,6 +80,15 @@ def _zeros(device: int, count: int) -> Any:
     import torch
 
     return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
+
+
+def _cleared(device: int, count: int) -> Any:
+    """Zeros that every stream sees from now on."""
+    import torch
+
+    zeros = _zeros(device, count)
+    torch.cuda.current_stream(device).synchronize()
+    return zeros
 
 
 def _bytes(device: int, size: int) -> Any:

@@ -1,13 +1,14 @@
 """What the GPU engine should take on a GPU that is not here: `python -m groupnorm.bench.gpu.predict`.
 
-Predictions, not measurements: a model of six numbers, all of them assumptions until `make bench-gpu` has run.
+Predictions, not measurements: a model of eight numbers, all of them assumptions until `make bench-gpu` has run.
 
     time = START_US + BARRIER_US * barriers + CLUSTER_US * clusters + LAUNCH_US * (launches - 1)
          + bytes / (memory bandwidth * EFFICIENCY * busy)
 
 `bytes` is what the regime moves through memory: 2 units forward and 3 backward (a unit is the size of x), in two passes
-3 and 5; what the ticketed regime reads again comes from L2, and costs L2_SHARE of what it would from memory. `busy` is
-the share of multiprocessors that have a program.
+3 and 5. What is read again from L2 costs L2_SHARE of what it would from memory: in the ticketed regime all of it, in
+two passes what the end of the first one left there, L2_KEPT of its size. `busy` is the share of multiprocessors that
+have a program.
 """
 
 import argparse
@@ -30,18 +31,23 @@ ASSUMED = {
     "LAUNCH_US": 1.2,  # another kernel in a graph
     "EFFICIENCY": 0.85,  # of the bandwidth on the data sheet
     "L2_SHARE": 0.35,  # what reading a byte again from L2 takes, of reading it from memory
+    "L2_KEPT": 0.5,  # share of L2 that holds what was read last
     "BANDWIDTH_BYTES_PER_S": 4.8e12,  # NVIDIA H200 data sheet, SXM
+    "COPY": 0.9,  # of it: what a plain copy of large tensors reaches
 }
 
 
 def predict_us(plan: Plan) -> tuple[float, float, float]:
-    """Microseconds that a plan should take, that it could take at the least (data sheet bandwidth, least traffic), and
+    """Microseconds that a plan should take, that it could take at the least (least traffic at the speed of a copy), and
     the units that it moves through memory.
     """
     p = plan.problem
     unit = p.N * p.C * p.S * p.itemsize
     least, second = (3, 2) if p.task == "backward" else (2, 1)
-    units = least + {"ticketed": second * ASSUMED["L2_SHARE"], "two_pass": second}.get(plan.regime, 0.0)
+    kept = {"ticketed": second, "two_pass": min(second, ASSUMED["L2_KEPT"] * plan.device.l2_bytes / unit)}
+    units: float = least
+    if plan.regime in kept:
+        units += second - (1 - ASSUMED["L2_SHARE"]) * kept[plan.regime]
     programs = math.prod(plan.launches[0].grid) * plan.launches[0].multiprocessors
     busy = min(1.0, programs / plan.device.multiprocessors)
     waits = plan.regime in ("split", "ticketed")
@@ -49,7 +55,7 @@ def predict_us(plan: Plan) -> tuple[float, float, float]:
     time_us = ASSUMED["START_US"] + waits_us + ASSUMED["LAUNCH_US"] * (len(plan.launches) - 1)
     bandwidth = ASSUMED["BANDWIDTH_BYTES_PER_S"]
     time_us += units * unit / (bandwidth * ASSUMED["EFFICIENCY"] * busy) * 1e6
-    return time_us, least * unit / bandwidth * 1e6, units
+    return time_us, least * unit / (bandwidth * ASSUMED["COPY"]) * 1e6, units
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def _predictions(results: Path, *, short: bool = False) -> str:
         return ""
     lines = [
         f"**Predicted, not measured**, for one {found['device']}, bfloat16, data in memory, in a CUDA graph:", "",
-        "| case | shape | | regime | units of traffic | least us | predicted us | predicted % of least |",
+        "| case | shape | | regime | units of traffic | copy us | predicted us | predicted % of copy |",
         "|---|---|---|---|--:|--:|--:|--:|",
     ]  # fmt: skip
     for row in found["predictions"]:

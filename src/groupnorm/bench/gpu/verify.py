@@ -2,8 +2,8 @@
 
 For every case, type, layout and direction, in every regime that can take it: y and the gradients against the formula in
 float64 on the same GPU; the same bits in 1000 repetitions (10 beyond 2^21 elements) with other work between them; a
-sample alone against the same sample in its batch; constant groups; NaN in one group. Then, if compute-sanitizer is
-installed, races in the barriers. Ends with a table, exits with 1 if anything is wrong.
+sample alone against the same sample in its batch; constant groups; NaN in one group. Then, where they are installed,
+CuPy's arrays, and races in the barriers with compute-sanitizer. Ends with a table, exits with 1 if anything is wrong.
 
 Budgets are the promises of docs/numerics.md: y as there, before its rounding to 16 bits; gradients at most twice as far
 from the exact ones, in the 2-norm, as the plain formula in float32, and a rounding of their own type.
@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,28 @@ def _compare(
     return [*found, Check("a constant group", name, regime, used)]
 
 
+def _other_libraries() -> list[Check]:
+    """CuPy's arrays, which come and go by DLPack."""
+    import torch
+
+    if util.find_spec("cupy") is None:
+        print("CuPy is not installed: its arrays are not tried")
+        return []
+    import cupy
+
+    import groupnorm.cuda as gnc
+
+    found = []
+    for shape, axis in (((2, 64, 20, 24), 1), ((2, 20, 24, 64), -1)):
+        x = torch.randn(shape, device="cuda")
+        y = gnc.group_norm(cupy.from_dlpack(x), 8, layout="NCHW" if axis == 1 else "NHWC")
+        want = torch.nn.functional.group_norm(x.movedim(axis, 1).double(), 8).movedim(1, axis)
+        kind = None if isinstance(y, cupy.ndarray) else f"the result is a {type(y).__name__}"
+        used = (torch.as_tensor(y).double() - want).abs().max().item() / 1e-5
+        found.append(Check("CuPy's arrays", f"{shape}", "any", used, kind))
+    return found
+
+
 def _races() -> list[Check]:
     """Races that compute-sanitizer finds, in small cases."""
     tool = shutil.which("compute-sanitizer")
@@ -257,6 +280,7 @@ def main() -> None:
                 checks += check_case(case, dtype, layout, options.repeats // (1 if small else 100))
                 torch.cuda.empty_cache()
     if not options.no_races:
+        checks += _other_libraries()
         checks += _races()
     bad = [check for check in checks if check.failure is not None or not check.used <= 1]
     for check in bad:
