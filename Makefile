@@ -45,9 +45,13 @@ questions: $(VENV)/.installed-dev ## run the commands that docs/questions.md sho
 # What needs a GPU runs with any Python that has torch and Triton, from the checkout, with nothing installed by us.
 GPU_PYTHON ?= $(PYTHON)
 
-gpu-kernels: $(VENV)/.installed-dev ## compile every GPU kernel for three architectures, without a GPU; ten minutes
+gpu-kernels: $(VENV)/.installed-dev $(VENV)/triton-3.6 ## compile every GPU kernel for three architectures, without a GPU; twenty minutes
 	env -u TRITON_INTERPRET $(BIN)/python -m groupnorm.bench.gpu.kernels --save results/offline
+	env -u TRITON_INTERPRET PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m groupnorm.bench.gpu.kernels --architectures 90 --save results/offline
 	env -u TRITON_INTERPRET $(BIN)/python -m groupnorm.bench.gpu.predict --save results/offline
+
+$(VENV)/triton-3.6: # the oldest version that the engine is for
+	$(PIP) --no-deps --target $@ triton==3.6.0
 
 test-gpu: ## on a GPU: the contract at full size, the same bits 1000 times, races if compute-sanitizer is there
 	PYTHONPATH=src $(GPU_PYTHON) -m groupnorm.bench.gpu.verify --save results

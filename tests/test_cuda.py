@@ -90,6 +90,17 @@ def test_out_is_filled(on_gpu: None) -> None:
         gnc.group_norm(x, 4, layout="NHWC", out=np.empty((5, 2, 6, 8), np.float32).swapaxes(0, 1))
 
 
+def test_out_that_overlaps_x(on_gpu: None) -> None:
+    """A storage of DLPack begins where the array does, not where its memory does."""
+    memory = np.random.default_rng(0).standard_normal((3, 4, 50)).astype(np.float32)
+    x, out = memory[:2], memory[1:]
+    want = gn.group_norm(x.copy(), 2)
+    assert np.allclose(gnc.group_norm(x, 2, out=out), want, atol=1e-5)
+    same = memory[:2]
+    want = gn.group_norm(same.copy(), 2)
+    assert np.allclose(gnc.group_norm(same, 2, out=same), want, atol=1e-5)
+
+
 def test_backward_is_the_first_three(on_gpu: None) -> None:
     x, weight = np.ones((1, 4, 3), np.float32), np.ones(4, np.float32)
     dx, dweight, dbias = gnc.group_norm_backward(x, x, 2, weight, activation="relu")
@@ -122,10 +133,18 @@ def test_bad_input(on_gpu: None) -> None:
         gnc.group_norm(x.swapaxes(1, 2), 2, layout="NHWC", residual=x)
     with pytest.raises(gn.ShapeError, match="weight must have the shape"):
         gnc.group_norm(x, 2, np.ones(3, np.float32))
-    with pytest.raises(gn.ShapeError, match="dy must have x's shape"):
+    with pytest.raises(gn.ShapeError, match=r"dy must have the shape \(1, 4, 3\)"):
         gnc.group_norm_vjp(x[:, :2], x, 2)
-    with pytest.raises(gn.ShapeError, match=r"mean and rstd must have the shape \(N, G\)"):
-        gnc.group_norm_vjp(x, x, 2, mean=np.ones((1, 3), np.float32), rstd=np.ones((1, 3), np.float32))
+    with pytest.raises(gn.DtypeError, match="dy must be an array of x's shape: got None"):
+        gnc.group_norm_vjp(None, x, 2)
+    with pytest.raises(gn.DtypeError, match="dy must be of type float16 or bfloat16"):
+        gnc.group_norm_vjp(x.astype(int), x, 2)
+    with pytest.raises(gn.ShapeError, match=r"rstd must have the shape \(1, 2\): got \(1, 3\)"):
+        gnc.group_norm_vjp(x, x, 2, mean=np.ones((1, 2), np.float32), rstd=np.ones((1, 3), np.float32))
+    with pytest.raises(gn.DtypeError, match="mean must be of type float32"):
+        gnc.group_norm_vjp(x, x, 2, mean=np.ones((1, 2)), rstd=np.ones((1, 2)))
+    with pytest.raises(gn.ShapeError, match="x must have no negative strides"):
+        gnc.group_norm(x[:, ::-1], 2)
     with pytest.raises(gn.ShapeError, match="mean and rstd belong together"):
         gnc.group_norm_vjp(x, x, 2, mean=np.ones((1, 2), np.float32))
     with pytest.raises(gn.OptionError, match="layout"):
@@ -133,8 +152,10 @@ def test_bad_input(on_gpu: None) -> None:
 
 
 def test_host_memory_is_refused() -> None:
-    with pytest.raises(gn.EngineError, match="must lie in GPU memory"):
-        gnc.group_norm(np.ones((1, 4, 3), np.float32), 2)
+    x = np.ones((1, 4, 3), np.float32)
+    for array in (x, torch.from_numpy(x)):
+        with pytest.raises(gn.EngineError, match="x must lie in GPU memory"):
+            gnc.group_norm(array, 2)
 
 
 class OnGPU:

@@ -31,12 +31,13 @@ pytestmark = [
 ]
 
 SMALL = Device(
-    0, "a small GPU", 90, 4, 1 << 16, clusters=True,
+    0, "a small GPU", 90, 4, 1 << 16,
     limits=Limits(held=1 << 13, held_backward=1 << 13, part=512, part_backward=512, together=256),
 )  # fmt: skip
 
 
-@pytest.fixture(params=REGIMES)
+# Clustered is resident for the interpreter, which knows no multiprocessors.
+@pytest.fixture(params=[name for name in REGIMES if name != "clustered"])
 def regime(request: Any, monkeypatch: Any) -> Iterator[str]:
     """All plans for y and dx are in this regime."""
     round_as_gpus_do(monkeypatch)

@@ -20,15 +20,15 @@ from groupnorm.bench.gpu.kernels import ARCHITECTURES, source_hash
 FOLDER = Path(__file__).parents[1] / "results" / "offline"
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_records_are_of_these_sources_and_break_no_rule(capability: int) -> None:
-    record = json.loads((FOLDER / f"sm_{capability}.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("capability", "version"), [(80, "3.9"), (90, "3.9"), (100, "3.9"), (90, "3.6")])
+def test_records_are_of_these_sources_and_break_no_rule(capability: int, version: str) -> None:
+    record = json.loads((FOLDER / f"sm_{capability}-triton-{version}.json").read_text(encoding="utf-8"))
     assert record["source"] == source_hash(), "the engine has changed: make gpu-kernels"
     kernels = record["kernels"]
     assert len(kernels) > 200
-    clusters = capability >= 90
+    clusters = capability >= 90 and version != "3.6"
     assert {kernel["regime"] for kernel in kernels} == {*REGIMES} - {*([] if clusters else ["clustered"])}
-    assert {kernel["multiprocessors"] for kernel in kernels} == ({1, 2, 4, 8} if clusters else {1})
+    assert {kernel["multiprocessors"] for kernel in kernels} == ({1, 4, 8} if clusters else {1})
     broken = [
         f"{k['case']} {k['task']} {k['layout']} {k['dtype']} {k['kernel']}: {k['broken']}"
         for k in kernels

@@ -99,21 +99,26 @@ def test_a_regime_is_obeyed_or_refused() -> None:
         make_plan(problem, H200, "resident")
 
 
-def test_without_cooperative_launches() -> None:
+def test_without_what_was_refused() -> None:
     problem = problem_of(case("sd15-64"), "forward", "NCHW", "bfloat16")
-    assert make_plan(problem, H200, cooperative=False).regime == "ticketed"
+    assert make_plan(problem, H200, without=frozenset({"clustered"})).regime == "split"
+    assert make_plan(problem, H200, without=frozenset({"clustered", "split"})).regime == "ticketed"
+    backward = replace(problem_of(case("sd15-64"), "backward", "NCHW", "bfloat16"), stats=False)
+    plan = make_plan(backward, H200, without=frozenset({"clustered"}))
+    assert plan.statistics is not None
+    assert {plan.regime, plan.statistics.regime} & {"clustered"} == set()
 
 
-@pytest.mark.parametrize("regime", ["clustered", "split"])
-def test_a_refused_launch_takes_another_road(monkeypatch: Any, regime: str) -> None:
+@pytest.mark.parametrize("regimes", [["clustered"], ["split"], ["clustered", "split"]], ids=str)
+def test_a_refused_launch_takes_another_road(monkeypatch: Any, regimes: list[str]) -> None:
     if not INTERPRETED:
         pytest.skip("with the interpreter")
-    limits = Limits(held=64, held_backward=64, part=256, part_backward=256, together=64)
-    small = Device(0, "small", 90, 4, 1 << 20, limits=limits, clusters=regime == "clustered")
+    limits = Limits(held=128, held_backward=128, part=256, part_backward=256, together=64)
+    small = Device(0, "small", 90, 4, 1 << 20, limits=limits, clusters="clustered" in regimes)
     refused = []
 
     def run(plan: Any, *arguments: Any) -> None:
-        if plan.regime == regime:
+        if plan.regime in regimes:
             refused.append(plan)
             raise launch.TooLargeError("it does not fit")
         launch.run(plan, *arguments)
@@ -124,7 +129,7 @@ def test_a_refused_launch_takes_another_road(monkeypatch: Any, regime: str) -> N
     x = np.random.default_rng(0).standard_normal((1, 4, 200)).astype(np.float32)
     for _ in range(2):
         assert np.allclose(gn.group_norm(x, 2, impl="gpu"), gn.group_norm(x, 2), atol=1e-5)
-    assert [plan.regime for plan in refused] == [regime], "once is enough"
+    assert [plan.regime for plan in refused] == regimes, "once is enough"
     gn.numpy._calls.clear()
 
 
@@ -132,9 +137,9 @@ def test_what_a_refusal_looks_like() -> None:
     plan = make_plan(problem_of(case("sd15-64"), "forward", "NCHW", "bfloat16"), H200)
     (clustered,) = plan.launches
     (plain,) = make_plan(problem_of(case("sd15-8"), "forward", "NCHW", "bfloat16"), H200).launches
-    said = "triton error [cuda]: cluster target block not present"
+    said = "triton error [cuda]: a kernel launch error has occurred due to cluster misconfiguration"
     assert launch._does_not_fit(clustered, said)
-    assert not launch._does_not_fit(clustered, "triton error [cuda]: an illegal memory access was encountered")
+    assert not launch._does_not_fit(clustered, "triton error [cuda]: cluster target block not present")
     assert not launch._does_not_fit(plain, said)
     tried: list[Any] = []
     launch.compiler_options(clustered, lambda options: tried.append(options) or (100, 0))

@@ -131,11 +131,17 @@ def test_a_model_trains() -> None:
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
+def test_results_lie_where_x_does() -> None:
+    """Those, too, that `torch.empty_like` would lay differently."""
+    kind = call.Kind(1, 1e-5, None, strides=(3, 1))
+    assert call._empty(kind, torch.empty(2, 3, device="meta"))[0].is_meta
+
+
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_the_check_at_full_size_on_a_small_case(layout: str) -> None:
     """What `make test-gpu` does, so that its first hour on a GPU is not lost to a mistake in it."""
     found = check_case(Case("small", (2, 8, 6, 5), 4, "a test", "silu"), "float32", layout, 2, "cpu")
-    assert {check.regime for check in found} == set(REGIMES)
+    assert {check.regime for check in found} == set(REGIMES) - ({"clustered"} if layout == "NHWC" else set())
     assert len({check.what for check in found}) == 8
     wrong = [check for check in found if check.failure is not None or not check.used <= 1]
     assert wrong == []

@@ -9,6 +9,7 @@ needed, for memory and streams.
 """
 
 import math
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -19,11 +20,14 @@ from groupnorm._core.layout import channel_axis
 from groupnorm.errors import DtypeError, EngineError, ShapeError
 from groupnorm.reference import Gradients
 from groupnorm.torch import call, gpu
+from groupnorm.torch.checks import FLOATS
 
 __all__ = ["group_norm", "group_norm_backward", "group_norm_vjp"]
 
 Array = Any
 Tensor = Any
+
+_HOST = 1  # DLPack's number of host memory
 
 
 def group_norm(
@@ -33,9 +37,10 @@ def group_norm(
 ) -> Any:  # fmt: skip
     """`groupnorm.group_norm` of arrays in GPU memory, all on one device; results are arrays of x's library.
 
-    Arguments, results, errors and cost as there; EngineError for arrays in host memory, and without Triton. out has to
-    be contiguous. Work is queued on PyTorch's current stream; DLPack orders that of other libraries with it, but not
-    what they do to out.
+    Arguments, results, errors and cost as there; EngineError for arrays in host memory, and without Triton. Channels
+    last, out has to be contiguous. Strides must not be negative. Work is queued on PyTorch's current stream, behind
+    what the arrays' libraries have queued, as DLPack arranges it. A library that uses another stream has to wait for
+    that one before it changes an argument, and before it reads out.
     """
     last, tensors = _tensors(layout, x=x, weight=weight, bias=bias, scale=scale, shift=shift, residual=residual,
                              mask=mask, out=out)  # fmt: skip
@@ -59,18 +64,10 @@ def group_norm_vjp(
                              mask=mask, dy=dy, mean=mean, rstd=rstd)  # fmt: skip
     dy, mean, rstd = (tensors.pop(name) for name in ("dy", "mean", "rstd"))
     kind = _kind({**tensors, "out": None}, num_groups, eps, activation)
-    if dy is None or dy.shape != tensors["x"].shape:
-        raise ShapeError(f"dy must have x's shape: got {None if dy is None else tuple(dy.shape)}")
-    if (mean is None) != (rstd is None):
-        raise ShapeError("mean and rstd belong together: got one of them; pass both, as return_stats gave them")
-    if mean is None:
-        stats = call.forward(kind, **tensors, out=None, stats=True)[1]
-    else:
-        stats = torch.stack((mean, rstd))
-        wanted = torch.float64 if tensors["x"].dtype == torch.float64 else torch.float32
-        if stats.shape[1:] != (tensors["x"].shape[0], kind.num_groups) or stats.dtype != wanted:
-            raise ShapeError(f"mean and rstd must have the shape (N, G) and type {wanted}: got "
-                             f"{tuple(stats.shape[1:])}, {stats.dtype}")  # fmt: skip
+    if dy is None:
+        raise DtypeError("dy must be an array of x's shape: got None; pass the gradient of y")
+    _check("dy", dy, tensors["x"].shape, tensors["x"], FLOATS)
+    stats = _statistics(mean, rstd, kind, tensors["x"], tensors["mask"])
     needs = tuple(tensor is not None for name, tensor in tensors.items() if name != "mask")
     found = call.backward(kind, dy, **tensors, stats=stats, needs=needs)
     gradients = (None if g is None else _given(g, x, last and g.dim() > 2) for g in found)
@@ -82,6 +79,27 @@ def group_norm_backward(
 ) -> tuple[Array, Array | None, Array | None]:
     """dx, dweight and dbias: the first three entries of `group_norm_vjp`, which says more."""
     return group_norm_vjp(dy, x, num_groups, weight, bias, **options)[:3]
+
+
+def _statistics(mean: Tensor, rstd: Tensor, kind: call.Kind, x: Tensor, mask: Tensor) -> Tensor:
+    """mean and rstd as one tensor (2, N, G); computed where they were not given."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if (mean is None) != (rstd is None):
+        raise ShapeError("mean and rstd belong together: got one of them; pass both, as return_stats gave them")
+    if mean is None:
+        count, mean, m2 = call.moments(x, kind.num_groups, mask).unbind(2)
+        return torch.stack((mean, (m2 / count.clamp(min=1) + kind.eps).rsqrt())).to(dtype)
+    for name, tensor in (("mean", mean), ("rstd", rstd)):
+        _check(name, tensor, (x.shape[0], kind.num_groups), x, (dtype,))
+    return torch.stack((mean, rstd))
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, dtypes: tuple[Any, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ShapeError(f"{name} must have the shape {tuple(shape)}: got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes or tensor.device != x.device:
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise DtypeError(f"{name} must be of type {kinds}, on {x.device}: got {tensor.dtype}, {tensor.device}")
 
 
 def _tensors(layout: str, **arrays: Array) -> tuple[bool, dict[str, Tensor]]:
@@ -114,15 +132,20 @@ def _tensor(name: str, array: Array) -> Tensor:
     """The array's memory as a tensor."""
     if array is None or isinstance(array, torch.Tensor):
         found = array
-    elif hasattr(array, "__dlpack__"):
-        found = from_dlpack(array)
-    elif hasattr(array, "__cuda_array_interface__"):
-        found = torch.as_tensor(array, device="cuda")
-    else:
+    elif not hasattr(array, "__dlpack__") and not hasattr(array, "__cuda_array_interface__"):
         raise DtypeError(f"{name} must be an array in GPU memory: got {type(array).__name__}, which has neither "
                          "__dlpack__ nor __cuda_array_interface__")  # fmt: skip
+    elif any(step < 0 for step in getattr(array, "strides", None) or ()):  # of which from_dlpack ends the process
+        raise ShapeError(f"{name} must have no negative strides: got {array.strides}; pass a copy")
+    elif not hasattr(array, "__dlpack__"):
+        found = torch.as_tensor(array)
+    elif array.__dlpack_device__()[0] == _HOST and not gpu.takes(torch.empty(0)):
+        raise EngineError(f"{name} must lie in GPU memory: got a {type(array).__name__} in host memory; use "
+                          "groupnorm.group_norm")  # fmt: skip
+    else:
+        found = from_dlpack(array)
     if found is not None and not gpu.takes(found):
-        raise EngineError(f"{name} must lie in GPU memory: got an array on {found.device}; use groupnorm.group_norm")
+        raise EngineError(f"{name} must lie in GPU memory: got a tensor on {found.device}; use groupnorm.torch")
     return found
 
 
@@ -140,9 +163,11 @@ def _given(tensor: Tensor, x: Array, last: bool = False) -> Array:
         tensor = tensor.movedim(1, -1).reshape(x.shape)
     if isinstance(x, torch.Tensor):
         return tensor
-    library = x.__array_namespace__() if hasattr(x, "__array_namespace__") else _library(x)
-    return library.from_dlpack(tensor) if hasattr(library, "from_dlpack") else tensor
-
-
-def _library(array: Array) -> Any:
-    return import_module(type(array).__module__.partition(".")[0])
+    if hasattr(x, "__array_namespace__"):
+        library = x.__array_namespace__()
+    else:
+        library = import_module(type(x).__module__.partition(".")[0])
+    if not hasattr(library, "from_dlpack"):
+        return tensor
+    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
+        return library.from_dlpack(tensor)

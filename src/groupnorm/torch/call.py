@@ -170,6 +170,13 @@ def backward(
         return found if found.dresidual is None else found._replace(dresidual=found.dresidual.to(dtype))
     needs_x, needs_weight, needs_bias, needs_scale, needs_shift, needs_residual = needs
     dx, fresh = _empty(kind, x) if needs_x or needs_residual else (None, False)
+    if kind.run is None:  # there are no elements
+        dweight, dbias, dscale, dshift = (
+            tensor.new_zeros(tensor.shape) if needed else None
+            for tensor, needed in zip((weight, bias, scale, shift), needs[1:5], strict=True)
+        )
+        dresidual = None if dx is None or residual is None else dx.to(residual.dtype, copy=True)
+        return Gradients(dx, dweight, dbias, dscale, dshift, dresidual)
     dweight = torch.empty_like(weight) if needs_weight else None
     dbias = torch.empty_like(bias) if needs_bias else None
     dscale = dshift = dresidual = None
@@ -177,11 +184,6 @@ def backward(
         dscale = torch.empty_like(scale) if needs_scale else None
         dshift = torch.empty_like(shift) if needs_shift else None
         dresidual = None if dx is None or residual is None else _empty(kind, x)[0]
-    if kind.run is None:
-        for gradient in (dweight, dbias, dscale, dshift):
-            if gradient is not None:
-                gradient.zero_()
-        return Gradients(dx, dweight, dbias, dscale, dshift, dresidual)
     mean = stats.data_ptr()
     rstd = mean + kind.stats_bytes
     if kind.usual:
@@ -327,14 +329,26 @@ def _convert(kind: Kind, tensors: dict[str, Tensor]) -> None:
 
 
 def _clash(out: Tensor, x: Tensor, *others: Tensor) -> bool:
-    """Whether `out` shares memory with an input in any other way than being the very same elements."""
-    storage, at = out.untyped_storage().data_ptr(), out.data_ptr()
+    """Whether `out` may share memory with an input in any other way than being the very same elements. By addresses:
+    what comes by DLPack has a storage of its own, wherever it lies.
+    """
+    begin, end = _span(out)
     for tensor in (x, *others):
-        if tensor is not None and tensor is not out and tensor.untyped_storage().data_ptr() == storage:
-            same = tensor.data_ptr() == at and tensor.stride() == out.stride() and tensor.dtype == out.dtype
-            if not same or tensor.shape != out.shape:
+        if tensor is not None and tensor is not out:
+            first, last = _span(tensor)
+            same = first == begin and tensor.stride() == out.stride() and tensor.dtype == out.dtype
+            if first < end and begin < last and not (same and tensor.shape == out.shape):
                 return True
     return False
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor lies."""
+    begin = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def _at(tensor: Tensor) -> int:
@@ -368,6 +382,6 @@ def _empty(kind: Kind, x: Tensor) -> tuple[Tensor, bool]:
         return torch.empty_like(x), False
     lent = buffers.lend(x.nbytes) if kind.large else None
     if lent is None:  # a large one that is not lent may come from the system
-        return torch.empty_strided(x.shape, kind.strides, dtype=x.dtype), kind.large
+        return torch.empty_strided(x.shape, kind.strides, dtype=x.dtype, device=x.device), kind.large
     fresh = buffers.first_write(lent)
     return torch.from_numpy(lent).view(x.dtype).as_strided(x.shape, kind.strides), fresh

@@ -20,7 +20,8 @@ _OPTIONS = ("int num_groups, Tensor? weight, Tensor? bias, float eps, str? activ
 _library: Any = torch.library.Library("groupnorm", "DEF")  # type: ignore[no-untyped-call]
 # Inductor lays the tensors between convolutions channels last, and would bring them back before an operator that does
 # not say that it takes them as they lie: two copies around each norm, more than the norm itself takes.
-_TAGS = torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag
+# (PyTorch 2.4 never does, and has no word for it.)
+_TAGS = [getattr(torch.Tag, name) for name in ("flexible_layout", "pt2_compliant_tag") if hasattr(torch.Tag, name)]
 _library.define(f"group_norm(Tensor x, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(
     f"group_norm_backward(Tensor dy, Tensor x, Tensor stats, {_OPTIONS}) -> "

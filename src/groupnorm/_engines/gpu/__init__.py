@@ -63,7 +63,8 @@ def run_at(
     """Forward or backward, whatever the plan is for, on addresses in the device's memory, 0 where there is no such
     array, on its current stream. For a plan that has launches. `fresh` is for engines that write past caches.
     """
-    plan = plan.ready.get(_INSTEAD, plan)
+    while _INSTEAD in plan.ready:
+        plan = plan.ready[_INSTEAD]
     device = plan.device.index
     with on_device(device):
         stream = current_stream(device)
@@ -91,8 +92,8 @@ def run_at(
             run(plan, (x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias,
                        dscale, dshift, dresidual, counters, partials, sums, totals, low), not bits & 15, device,
                 stream)  # fmt: skip
-        except TooLargeError:  # other programs hold a part of the device: from now on without such launches
-            plan.ready[_INSTEAD] = make_plan(plan.problem, plan.device, cooperative=False)
+        except TooLargeError:  # other programs hold a part of the device: from now on without this regime
+            plan.ready[_INSTEAD] = make_plan(plan.problem, plan.device, without=plan.without | {plan.regime})
             run_at(plan, fresh, x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight,
                    dbias, dscale, dshift, dresidual, low)  # fmt: skip
     del alive  # whoever gets this memory now works on this stream, behind these launches

@@ -69,9 +69,9 @@ _STAND_IN = Device(0, "NVIDIA H200", 90, 132, 60 << 20, clusters=True)
 
 def has_clusters(capability: int) -> bool:
     """Whether a program can have several multiprocessors: the GPU needs thread block clusters, Triton reductions across
-    them (3.6 stops at one).
+    them. 3.6 stops at one, 3.7 and 3.8 have them but their code was not looked at.
     """
-    return capability >= _CLUSTERS and VERSION >= (3, 7)
+    return capability >= _CLUSTERS and VERSION >= (3, 9)
 
 
 @functools.lru_cache(maxsize=64)

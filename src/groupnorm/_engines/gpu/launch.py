@@ -12,6 +12,7 @@ from typing import Any
 
 from groupnorm._engines.gpu import parameters, resident, split, ticketed, two_pass
 from groupnorm._engines.gpu.compiler import INTERPRETED, TESTED, VERSION
+from groupnorm._engines.gpu.cut import MOST_WARPS
 from groupnorm._engines.gpu.plan import Launch, Plan
 
 __all__ = ["ARRAYS", "KERNELS", "TooLargeError", "array_types", "compiler_options", "run"]
@@ -65,8 +66,9 @@ def compiler_options(launch: Launch, compiled: Callable[[dict[str, Any]], tuple[
 
     FP fusion: multiply-add in one rounding, which Triton will stop doing unasked. How many registers ptxas takes is
     erratic: it may spill a little with 16 warps and need fewer registers with 8, or spill to stay below a number that
-    nobody asked for. So what spills is tried with half the warps and with the plan's number given, and the first that
-    does not, or else the one that spills least, is taken. A plan that counts on so many programs at once holds for it.
+    nobody asked for. So what spills is tried with half the warps and with the plan's number given, and where no plan
+    counts on so many programs at once with twice the warps; the first that does not spill, or else the one that spills
+    least, is taken.
     """
     common: dict[str, Any] = {"enable_fp_fusion": True}
     if launch.cooperative:
@@ -74,7 +76,8 @@ def compiler_options(launch: Launch, compiled: Callable[[dict[str, Any]], tuple[
     if launch.multiprocessors > 1:
         common["num_ctas"] = launch.multiprocessors
     found: list[tuple[bool, int, int, dict[str, Any]]] = []
-    for warps in dict.fromkeys((launch.warps, max(1, launch.warps // 2))):
+    more = launch.warps if launch.cooperative else min(2 * launch.warps, MOST_WARPS)
+    for warps in dict.fromkeys((launch.warps, max(1, launch.warps // 2), more)):
         for bound in dict.fromkeys((None, launch.most_registers)):
             options = {**common, "num_warps": warps, **({} if bound is None else {"maxnreg": bound})}
             registers, spills = compiled(options)
@@ -87,7 +90,9 @@ def compiler_options(launch: Launch, compiled: Callable[[dict[str, Any]], tuple[
 
 def _does_not_fit(launch: Launch, message: str) -> bool:
     """Whether a message is CUDA's too large cooperative launch, or its invalid cluster size."""
-    return (launch.cooperative and "cooperative" in message) or (launch.multiprocessors > 1 and "cluster" in message)
+    return (launch.cooperative and "cooperative launch" in message) or (
+        launch.multiprocessors > 1 and "cluster misconfiguration" in message
+    )
 
 
 class _Pointer:

@@ -28,8 +28,8 @@ _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "": 4, "64": 8, "128": 16}
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """What the assembler made of a kernel: registers of a thread, bytes of stack and of shared memory, instructions
-    that spill (to local memory and back), and how many loads and stores of global memory there are of each width in
-    bytes.
+    that spill (to local memory and back), how many barriers of the program there are, and loads and stores of global
+    memory of each width in bytes.
     """
 
     kernel: str
@@ -39,6 +39,7 @@ class Compiled:
     stack_bytes: int
     shared_bytes: int
     spills: int
+    barriers: int
     loads: dict[int, int] = field(default_factory=dict)
     stores: dict[int, int] = field(default_factory=dict)
 
@@ -109,7 +110,8 @@ def _read(kernel: str, capability: int, warps: int, done: Any) -> Compiled:
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED):(\d+)", usage)}
     return Compiled(
         kernel, capability, warps, numbers["REG"], numbers["STACK"], done.metadata.shared,
-        len(re.findall(r"\b(?:LDL|STL)\b", code)), _widths("LDG", code), _widths("STG", code),
+        len(re.findall(r"\b(?:LDL|STL)\b", code)), len(re.findall(r"\bBAR\.SYNC", code)), _widths("LDG", code),
+        _widths("STG", code),
     )  # fmt: skip
 
 

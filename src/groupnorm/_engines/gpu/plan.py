@@ -39,8 +39,7 @@ __all__ = ["REGIMES", "Launch", "Plan", "make_plan", "refusal"]
 REGIMES = ("resident", "clustered", "split", "ticketed", "two_pass")
 
 _REGISTERS = 128  # of a thread, so that 16 warps fit a multiprocessor; unasked ptxas takes fewer and spills instead
-_LEAST = 1 << 10  # elements of a tile below which it is not spread over more multiprocessors
-_SECTOR = 32  # bytes: memory is read in no smaller pieces
+_LEAST = 1 << 10  # elements on a multiprocessor below which a slab is not spread over more of them
 _SUM_ROWS, _SUM_CHANNELS = 256, 8  # the tile of the kernels that sum up gradients of parameters
 
 
@@ -76,6 +75,7 @@ class Plan:
     statistics: "Plan | None" = None  # backward without given statistics: what computes them first
     statistics_kept: bool = False  # mean, low and rstd have to be kept, whether or not the call wants them
     float_bytes: int = 4  # of one number in the type of the arithmetic
+    without: frozenset[str] = frozenset()  # regimes that were not to be
     ready: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # what `launch.py` keeps
 
     def __str__(self) -> str:
@@ -115,31 +115,30 @@ def refusal(p: Problem) -> str | None:
     return None
 
 
-def make_plan(p: Problem, device: Device, regime: str | None = None, *, cooperative: bool = True) -> Plan:
-    """The plan for a problem on a device; with a regime, in that one; `cooperative` False: without launches that
-    need several multiprocessors at the same time. Raises EngineError where the regime cannot be.
+def make_plan(p: Problem, device: Device, regime: str | None = None, *, without: frozenset[str] = frozenset()) -> Plan:
+    """The plan for a problem on a device; with a regime, in that one; `without`: in none of these. Raises EngineError
+    where the regime cannot be.
     """
     if p.N * p.S == 0:
         return Plan(p, device, "empty", ("there are no elements",), ())
-    plan = next(iter(_plans(p, device, regime, cooperative)), None)
+    plan = next(iter(_plans(p, device, regime, without)), None)
     if plan is None:
         raise EngineError(f"the {regime} regime cannot take this problem; use another one, or let the plan choose")
     statistics = None
     if p.task == "backward" and not p.stats:
         moments = replace(p, task="moments", walks={"x": p.walks["x"]}, activation=None, weight=None, bias=None,
                           scale=None, shift=None)  # fmt: skip
-        statistics = make_plan(moments, device)
+        statistics = make_plan(moments, device, without=without)
     kept = statistics is not None or (p.task == "forward" and plan.regime == "two_pass")
-    return replace(plan, statistics=statistics, statistics_kept=kept, float_bytes=8 if p.dtype == "float64" else 4)
+    return replace(plan, statistics=statistics, statistics_kept=kept, float_bytes=8 if p.dtype == "float64" else 4,
+                   without=without)  # fmt: skip
 
 
-def _plans(p: Problem, device: Device, regime: str | None, cooperative: bool) -> Iterator[Plan]:
+def _plans(p: Problem, device: Device, regime: str | None, without: frozenset[str]) -> Iterator[Plan]:
     """The plans of each regime that can take the problem, the best one first."""
     makers = dict(zip(REGIMES, (_resident, _clustered, _split, _ticketed, _two_pass), strict=True))
     for name, make in makers.items():
-        if name in ("clustered", "split") and not cooperative:
-            continue
-        if regime in (None, name) and (p.task != "normalize" or name == "two_pass"):
+        if name not in without and regime in (None, name) and (p.task != "normalize" or name == "two_pass"):
             plan = make(p, device, forced=regime is not None)
             if plan is not None:
                 yield plan
@@ -196,18 +195,17 @@ def _resident(p: Problem, device: Device, *, forced: bool) -> Plan | None:
 
 
 def _clustered(p: Problem, device: Device, *, forced: bool) -> Plan | None:
-    """As few multiprocessors for a slab as hold it and as keep all of them busy with one sample."""
+    """As few multiprocessors for a slab as hold it and as keep three of four busy with one sample. Channels first only:
+    Triton gives each multiprocessor some of the rows, and channels last these are neighbours in memory.
+    """
     slab = _whole_slab(p, device)
-    tile, largest = slab.rows * slab.cols, device.limits.cluster
-    most = most_held(p, device) // 2  # what one holds alone spills here, in 14 to 189 places
-    if slab.layout == "last":  # Triton gives each multiprocessor some of the rows, here neighbours in memory
-        largest = min(largest, slab.rows * p.itemsize // _SECTOR)
+    tile, most = slab.rows * slab.cols, slab.most // 2  # what one holds alone spills here, in 14 to 86 places
     size, slabs = 2, -(-p.G // slab.groups)
-    while 2 * size <= largest and (
-        tile > size * most or (slabs * size < device.multiprocessors and tile > size * _LEAST)
+    while 2 * size <= device.limits.cluster and (
+        tile > size * most or (4 * slabs * size < 3 * device.multiprocessors and tile > size * _LEAST)
     ):
         size *= 2
-    if not device.clusters or size > largest or tile > size * most:
+    if not device.clusters or slab.layout == "last" or size > device.limits.cluster or tile > size * most:
         return None
     return _held(p, device, "clustered", slab, most, size)
 

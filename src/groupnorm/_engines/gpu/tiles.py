@@ -129,12 +129,12 @@ def _to_groups(value, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def _to_rows(value, PER_GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """The number of each row's group, (GROUPS,) to (ROWS, 1); to (1, 1) if there is one group."""
+    """The number of each row's group, (GROUPS,) to (ROWS, 1); to a scalar if there is one group."""
     GROUPS: tl.constexpr = value.shape[0]
-    if GROUPS == 1 or PER_GROUP == 1:
+    if GROUPS == 1:
+        return tl.sum(value, 0)  # a block (1, 1) goes through shared memory, as a whole tile, in Triton 3.6
+    elif PER_GROUP == 1:
         return value[:, None]
-    elif GROUPS * PER_GROUP == ROWS:
-        return tl.reshape(tl.broadcast_to(value[:, None], [GROUPS, PER_GROUP]), [ROWS])[:, None]
     else:
         group = tl.minimum(tl.arange(0, ROWS) // PER_GROUP, GROUPS - 1)
         return tl.gather(value, group, 0)[:, None]

@@ -26,8 +26,7 @@ class Workspace:
         self.device = device
         self._lock = threading.Lock()
         self._counters: dict[tuple[int, bool], Any] = {}
-        # What a capture would clear, its graph would clear at each replay, under the feet of others.
-        self._for_graphs = None if INTERPRETED or _is_capturing() else _cleared(device, _FOR_GRAPHS)
+        self._for_graphs: Any = None
         self._taken = 0
 
     def counters(self, count: int, stream: int, *, barrier: bool) -> int:
@@ -35,6 +34,10 @@ class Workspace:
         with self._lock:
             if _is_capturing():
                 return self._for_capture(count)
+            if self._for_graphs is None and not INTERPRETED:
+                # Not in a capture, where clearing would become part of the graph: each of its replays would clear these
+                # counters while other graphs use them.
+                self._for_graphs = _cleared(self.device, _FOR_GRAPHS)
             found = self._counters.get((stream, barrier))
             if found is None or found[1] < count:
                 size = max(count, _AT_LEAST)

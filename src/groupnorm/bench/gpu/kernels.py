@@ -1,7 +1,7 @@
 """Every kernel that the cases need, compiled for GPUs that are not here: `python -m groupnorm.bench.gpu.kernels`.
 
-Writes results/offline/<architecture>.json, from which docs/gpu.md has its table. What it says is read from machine
-code: registers, spills, and how wide loads and stores are. Times are not: no GPU takes part.
+Writes results/offline/<architecture>-triton-<version>.json, from which docs/gpu.md has its tables. What they say is
+read from machine code: registers, spills, and how wide loads and stores are. Times are not: no GPU takes part.
 """
 
 import argparse
@@ -159,7 +159,8 @@ def main() -> None:
         if options.save:
             head = {"architecture": f"sm_{capability}", "triton": triton.__version__, "source": source_hash()}
             text = json.dumps({**head, "kernels": records}, indent=1) + "\n"
-            write_whole(options.save / f"sm_{capability}.json", text.encode())
+            version = ".".join(triton.__version__.split(".")[:2])
+            write_whole(options.save / f"sm_{capability}-triton-{version}.json", text.encode())
     raise SystemExit(1 if bad else 0)
 
 

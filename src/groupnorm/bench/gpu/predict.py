@@ -1,6 +1,6 @@
 """What the GPU engine should take on a GPU that is not here: `python -m groupnorm.bench.gpu.predict`.
 
-Predictions, not measurements: a model of eight numbers, all of them assumptions until `make bench-gpu` has run.
+Predictions, not measurements: a model of a few numbers, all of them assumptions until `make bench-gpu` has run.
 
     time = START_US + BARRIER_US * barriers + CLUSTER_US * clusters + LAUNCH_US * (launches - 1)
          + bytes / (memory bandwidth * EFFICIENCY * busy)

@@ -41,15 +41,16 @@ def _predictions(results: Path, *, short: bool = False) -> str:
 def _kernels(results: Path) -> str:
     """What the compiler made of every kernel of every case."""
     blocks = []
-    for path in sorted((results / "offline").glob("sm_*.json"), key=lambda path: int(path.stem[3:])):
+    for path in sorted((results / "offline").glob("sm_*.json"), key=lambda path: (len(path.stem), path.stem)):
         found = _read(path)
         rows: dict[tuple[str, str, str], list[Any]] = {}
         for kernel in found["kernels"]:
-            rows.setdefault((kernel["kernel"], kernel["layout"], kernel["dtype"]), []).append(kernel)
+            name = kernel["kernel"] + " in clusters" * (kernel["multiprocessors"] > 1)
+            rows.setdefault((name, kernel["layout"], kernel["dtype"]), []).append(kernel)
         lines = [
             f"{found['architecture']}, Triton {found['triton']}, {len(found['kernels'])} kernels:", "",
-            "| kernel | | variants | warps | registers | spills | shared bytes | bytes a load: 16 | 8 | fewer |",
-            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+            "| kernel | | variants | warps | registers | spills | shared | barriers | bytes a load: 16 | 8 | less |",
+            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]  # fmt: skip
         for (name, layout, dtype), kernels in sorted(rows.items()):
             loads: dict[int, int] = {}
@@ -60,7 +61,8 @@ def _kernels(results: Path) -> str:
             lines.append(
                 f"| {name} | {dtype} {layout} | {len(kernels)} | {_range(kernels, 'warps')} | "
                 f"{_range(kernels, 'registers')} | {max(kernel['spills'] for kernel in kernels)} | "
-                f"{_range(kernels, 'shared_bytes')} | {loads.get(16, 0)} | {loads.get(8, 0)} | {narrow} |"
+                f"{_range(kernels, 'shared_bytes')} | {_range(kernels, 'barriers')} | {loads.get(16, 0)} | "
+                f"{loads.get(8, 0)} | {narrow} |"
             )
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
