@@ -153,7 +153,7 @@ def main() -> None:
                 shape = f"{constants.get('ROWS')}x{constants.get('COLS', '')} {constants.get('LAYOUT', '')}"
                 print(f"sm_{capability} {record['case']} {record['task']} {record['layout']} {record['dtype']} "
                       f"{record['kernel']} {shape} {record['warps']} warps "
-                      f"x {record['multiprocessors']} {record['registers']} registers: "
+                      f"on each of {record['multiprocessors']} multiprocessors, {record['registers']} registers: "
                       f"{'; '.join(record['broken'])}", flush=True)  # fmt: skip
         print(f"sm_{capability}: {len(records)} kernels", flush=True)
         if options.save:
