@@ -146,6 +146,18 @@ def test_what_a_refusal_looks_like() -> None:
     assert [options["num_ctas"] for options in tried] == [clustered.multiprocessors]
 
 
+def test_a_cluster_holds_one_group() -> None:
+    """Also where it is forced, as the check on a GPU does with small shapes: groups are not gathered across one."""
+    for one in GPU_CASES:
+        for task in TASKS:
+            problem = problem_of(one, task, "NCHW", "float32")
+            try:
+                plan = make_plan(problem, H200, "clustered")
+            except gn.EngineError:
+                continue
+            assert plan.launches[0].constants["GROUPS"] == 1
+
+
 def test_every_regime_takes_a_small_problem() -> None:
     walk = Walk(8 * 100, 100, 1)
     problem = Problem("forward", "float32", 2, 8, 100, 4, walks={"x": walk, "y": walk})

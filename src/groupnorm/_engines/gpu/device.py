@@ -31,9 +31,7 @@ class Limits:
     held_backward: int = 1 << 14  # x and dy, and with an activation what its slope needs
     part: int = 1 << 13  # elements of a part, forward; twice as many in as many warps more make split spill
     part_backward: int = 1 << 12
-    per_warp: int = (
-        1 << 10
-    )  # elements that a warp holds, 32 for each thread; of twice as many split needs 255 registers
+    per_warp: int = 1 << 10  # elements that a warp holds; of twice as many split needs 255 registers
     cluster: int = 8  # multiprocessors of a cluster at most: more are not portable; below 2 there is none
     together: int = 1 << 12  # elements below which a program takes several groups
     lanes: int = 2  # slabs at a time, at least, for split to keep memory busy while one of them waits

@@ -171,7 +171,8 @@ class _Slab:
     most: int
 
 
-def _whole_slab(p: Problem, device: Device) -> _Slab:
+def _whole_slab(p: Problem, device: Device, together: int) -> _Slab:
+    """A slab as one tile; channels first one group, or several of them up to so many elements."""
     most = most_held(p, device)
     layout = layout_of(p)
     if layout == "last":
@@ -181,7 +182,7 @@ def _whole_slab(p: Problem, device: Device) -> _Slab:
             most //= 2
     else:
         groups = 1
-        while groups < p.G and 2 * groups * p.D * p.S <= held_elements(p, device.limits.together):
+        while groups < p.G and 2 * groups * p.D * p.S <= held_elements(p, together):
             groups *= 2
         flat = not wants_sums(p) and (p.S * p.itemsize % 16 > 0 or above(p.D) * above(p.S) >= 2 * p.D * p.S)
         layout = "flat" if flat else "first"
@@ -190,15 +191,16 @@ def _whole_slab(p: Problem, device: Device) -> _Slab:
 
 
 def _resident(p: Problem, device: Device, *, forced: bool) -> Plan | None:
-    slab = _whole_slab(p, device)
+    slab = _whole_slab(p, device, device.limits.together)
     return None if slab.rows * slab.cols > slab.most else _held(p, device, "resident", slab, slab.most, 1)
 
 
 def _clustered(p: Problem, device: Device, *, forced: bool) -> Plan | None:
     """As few multiprocessors for a slab as hold it and as keep three of four busy with one sample. Channels first only:
-    Triton gives each multiprocessor some of the rows, and channels last these are neighbours in memory.
+    Triton gives each multiprocessor some of the rows, and channels last these are neighbours in memory. One group at a
+    time: the numbers of several would be gathered across multiprocessors, which Triton does not do.
     """
-    slab = _whole_slab(p, device)
+    slab = _whole_slab(p, device, 0)
     tile, most = slab.rows * slab.cols, slab.most // 2  # what one holds alone spills here, in 14 to 86 places
     size, slabs = 2, -(-p.G // slab.groups)
     while 2 * size <= device.limits.cluster and (
