@@ -15,7 +15,16 @@ pytest.importorskip("numba")
 special = pytest.importorskip("scipy.special")
 
 from groupnorm._engines.cpu.compiler import compiled  # noqa: E402
-from groupnorm._engines.cpu.epilogue import ACTIVATION_CODES, activate, activation, decay, expm1, slope  # noqa: E402
+from groupnorm._engines.cpu.epilogue import (  # noqa: E402
+    ACTIVATION_CODES,
+    _decay_coarse,
+    _decay_f32,
+    activate,
+    activation,
+    decay,
+    expm1,
+    slope,
+)
 from groupnorm._engines.cpu.memory import BF16, F16, FLOAT32, FLOAT64, load, pointer, store  # noqa: E402
 from groupnorm._engines.cpu.simd import LANES, absolute  # noqa: E402
 
@@ -215,6 +224,27 @@ def test_results_of_16_bits(name: str) -> None:
     absolute_part = 2.0**-17 if name.endswith("slope") or name == "gelu" else 0.0
     assert (off <= 2.0**-15 * np.abs(want) + absolute_part).all()
     assert np.array_equal(got, computed(name, z, BF16))
+
+
+def test_exponential_of_processors_without_avx512() -> None:
+    """Compiled here too, whatever this processor has: within decay's bound, and within that of 16-bit results."""
+
+    def apply(x, y, count):  # type: ignore[no-untyped-def]
+        px, py = pointer(x, FLOAT32), pointer(y, FLOAT32)
+        for i in range(count):
+            v = absolute(load(px, i * LANES))
+            store(py, 2 * i * LANES, _decay_f32(v))
+            store(py, (2 * i + 1) * LANES, _decay_coarse(v))
+
+    z = patterns(5, 4097)
+    z = np.concatenate([z[: z.size // LANES * LANES], np.linspace(0, 90, 160_000, dtype=np.float32)])
+    y = np.zeros(2 * z.size, np.float32)
+    compiled(apply, "test_exponential_without_avx512", 3).ctypes(z.ctypes.data, y.ctypes.data, z.size // LANES)
+    fine, coarse = (part.ravel().astype(np.float64) for part in np.split(y.reshape(-1, 2, LANES), 2, axis=1))
+    want = EXACT["decay"](z.astype(np.float64))
+    ulp = np.spacing(np.maximum(want.astype(np.float32), np.finfo(np.float32).tiny))
+    assert (np.abs(fine - want) <= BOUNDS["decay"][0] * ulp + FLUSHED[np.float32]).all()
+    assert (np.abs(coarse - want) <= 2.0**-15 * want + FLUSHED[np.float32]).all()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -8,6 +8,7 @@ units in the last place, are in tests/test_epilogue.py.
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.datamodel import models
@@ -16,7 +17,20 @@ from numba.extending import intrinsic, overload, register_model
 from groupnorm._core.problem import ACTIVATIONS
 from groupnorm._engines.cpu.compiler import inlined
 from groupnorm._engines.cpu.memory import BF16, F16
-from groupnorm._engines.cpu.simd import F64, I32, LANES, absolute, bits, fma, quotient, select, splat
+from groupnorm._engines.cpu.simd import (
+    F64,
+    I32,
+    LANES,
+    absolute,
+    bits,
+    fma,
+    has_tables,
+    held,
+    quotient,
+    select,
+    splat,
+    table,
+)
 
 __all__ = ["ACTIVATION_CODES", "activate", "activation", "decay", "expm1", "slope"]
 
@@ -47,11 +61,19 @@ def activation(typingctx: Any, code: Any, element: Any) -> Any:
 
 # ---- e^-a for a >= 0, and expm1 --------------------------------------------------------------------------------------
 
-# Adding 1.5 * 2^(mantissa bits) rounds to a whole number k and leaves that number in the low bits, from where it is
-# shifted into the exponent. float32: 2^-t = 2^-k * 2^(k - t) with t = a*log2(e), which is split in two; the polynomials
-# of 2^g, |g| <= 1/2, are minimax with p(0) = 1, off by 2^-26 (degree 6) and 2^-18.4 (degree 4, for 16-bit results).
+# float32: e^-a = 2^-t with t = a*log2(e), split in two. Adding 1.5 * 2^(23 - n) rounds t to k in steps of 2^-n and
+# leaves k in the low bits, from where it is shifted into the exponent; g = k - t is what remains. Without AVX-512 n is
+# 0, and the polynomials of 2^g are minimax with p(0) = 1, off by 2^-26 (degree 6) and 2^-18.4 (degree 4, for 16-bit
+# results). With it n is 4: the power of the four bits behind the point comes from a table in a register, what rounding
+# has taken from it from another, and 2^g from polynomials of degree 3 and 2, off by 2^-29 and 2^-21.
 # float64 and expm1: e^v = 2^k * e^r with ln2 split so that k*HIGH is exact, and the Taylor polynomial of e^r - 1 - r of
 # the degree at which r^(n+1)/(n+1)! is below an eighth of a rounding.
+
+_LOG2_E, _LOG2_E_REST = 1.44269502162933349609375, 1.925963033500e-08
+_EXACT = 2.0 ** (-np.arange(16) / 16)
+_ROUNDED = _EXACT.astype(np.float32)
+_power_bits = table(_ROUNDED.view(np.int32) + (np.arange(16) << 19))  # and what `_looked_up` takes off
+_power_rest = table((_EXACT / _ROUNDED - 1).astype(np.float32).view(np.int32))
 
 
 def decay(act, a):
@@ -66,14 +88,42 @@ def expm1(v):
 def _decay(act, a):
     if a.lane == "f64":
         return lambda act, a: _decay_f64(a)
+    if has_tables():
+        return (lambda act, a: _decay_table_coarse(a)) if act.coarse else (lambda act, a: _decay_table(a))
     return (lambda act, a: _decay_coarse(a)) if act.coarse else (lambda act, a: _decay_f32(a))
 
 
 @inlined
+def _decay_table(a):
+    shifted = fma(a, held(a, _LOG2_E), held(a, 786432.0))
+    g = fma(a, held(a, -_LOG2_E_REST), fma(a, held(a, -_LOG2_E), shifted - held(a, 786432.0)))
+    p = fma(g, held(a, 0.05550519376993179), held(a, 0.2402343451976776))
+    p = fma(p, g, held(a, 0.6931471824645996))
+    return _looked_up(a, shifted, fma(p, g, bits(_power_rest(bits(shifted)))))
+
+
+@inlined
+def _decay_table_coarse(a):
+    shifted = fma(a, held(a, _LOG2_E), held(a, 786432.0))
+    g = fma(a, held(a, -_LOG2_E), shifted - held(a, 786432.0))
+    return _looked_up(a, shifted, fma(g, held(a, 0.24023355543613434), held(a, 0.6931878328323364)) * g)
+
+
+@inlined
+def _looked_up(a, shifted, p):
+    """1 + p divided by 2 to the power of the sixteenths in the low bits of `shifted`; 0 where that is no normal
+    number.
+    """
+    k = bits(shifted)
+    power = bits(_power_bits(k) - (k << 19))
+    return select(a > held(a, 87.3365), 0.0, fma(power, p, power))
+
+
+@inlined
 def _decay_f32(a):
-    shifted = fma(a, 1.44269504, 12582912.0)
+    shifted = fma(a, _LOG2_E, 12582912.0)
     k = shifted - 12582912.0
-    g = fma(a, -1.925963033500e-08, fma(a, -1.44269502162933349609375, k))
+    g = fma(a, -_LOG2_E_REST, fma(a, -_LOG2_E, k))
     p = fma(g, 0.00015353361959569156, 0.0013398875016719103)
     p = fma(p, g, 0.00961843691766262)
     p = fma(p, g, 0.055503323674201965)
@@ -84,9 +134,9 @@ def _decay_f32(a):
 
 @inlined
 def _decay_coarse(a):
-    shifted = fma(a, 1.44269504, 12582912.0)
+    shifted = fma(a, _LOG2_E, 12582912.0)
     k = shifted - 12582912.0
-    g = fma(a, -1.44269504, k)
+    g = fma(a, -_LOG2_E, k)
     p = fma(g, 0.009582852944731712, 0.055906426161527634)
     p = fma(p, g, 0.24024099111557007)
     p = fma(p, g, 0.6931241750717163)
@@ -215,7 +265,7 @@ _K = 0.7978845608028654  # sqrt(2/pi)
 def _times_sigmoid(act, factor, z):
     """factor*sigmoid(z). From e = e^-|z| it is found in the safe range 1 <= 1 + e <= 2: 1/(1 + e), or e/(1 + e)."""
     e = decay(act, absolute(z))
-    return quotient(select(z < 0.0, factor * e, factor), e + 1.0)
+    return quotient(select(z < 0.0, factor * e, factor), e + held(e, 1.0))
 
 
 @inlined
@@ -250,13 +300,14 @@ def _tanh(z):
 
 @inlined
 def _gelu_tanh_inner(z):
-    return (z * _K) * fma(z * z, 0.044715, 1.0)
+    """2*sqrt(2/pi)*(z + 0.044715*z^3): gelu_tanh(z) is z times the sigmoid of it."""
+    return z * fma(z * z, (2.0 * _K) * 0.044715, 2.0 * _K)
 
 
 def _gelu_tanh_slope(act, z):
     z = _finite(z)
-    s, rest = _sigmoid_both(act, 2.0 * _gelu_tanh_inner(z))  # s is (1 + tanh(u))/2
-    return fma(z * (s * rest), (2.0 * _K) * fma(z * z, 3 * 0.044715, 1.0), s)
+    s, rest = _sigmoid_both(act, _gelu_tanh_inner(z))  # s is (1 + tanh(u))/2
+    return fma(z * (s * rest), fma(z * z, (2.0 * _K) * (3 * 0.044715), 2.0 * _K), s)
 
 
 def _silu_slope(act, z):
@@ -291,7 +342,7 @@ _FORMULAS = {  # activation -> (forward, slope)
     "silu": (lambda act, z: _times_sigmoid(act, z, z), _silu_slope),
     "gelu": (lambda act, z: z * cumulative(act, z),
              lambda act, z: fma(z * 0.3989422804014327, decay(act, z * z * 0.5), cumulative(act, z))),
-    "gelu_tanh": (lambda act, z: _times_sigmoid(act, z, 2.0 * _gelu_tanh_inner(z)), _gelu_tanh_slope),
+    "gelu_tanh": (lambda act, z: _times_sigmoid(act, z, _gelu_tanh_inner(z)), _gelu_tanh_slope),
     "sigmoid": (lambda act, z: _or_nan(z, _times_sigmoid(act, splat(z, 1.0), z)), _sigmoid_slope),
     "tanh": (lambda act, z: _tanh(z), lambda act, z: _tanh_slope(z)),
     "hardswish": (lambda act, z: _hardswish(z), lambda act, z: _hardswish_slope(z)),

@@ -15,6 +15,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.datamodel import models
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, register_model
 
@@ -165,6 +166,48 @@ def splat(typingctx: Any, v: Any, scalar: Any) -> Any:
         return as_lanes(context, builder, args[1], sig.args[1], lane)
 
     return v(v, types.unliteral(scalar)), lower
+
+
+def _opaque(builder: Any, value: Any) -> Any:
+    """`value`, of which LLVM no longer knows that it is a constant."""
+    same = builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=False)
+    same.attributes.add("readnone")
+    same.attributes.add("nounwind")
+    return same
+
+
+@intrinsic
+def held(typingctx: Any, like: Any, number: Any) -> Any:
+    """The number in every lane, in a register for the whole of a loop where there are 32 of them (AVX-512). Left alone,
+    LLVM reads constants from memory in every turn, folded into the instructions that use them.
+    """
+    lane = like.lane
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = as_lanes(context, builder, args[1], sig.args[1], lane)
+        return _opaque(builder, value) if lane == "f32" and has_feature(context, "avx512f") else value
+
+    return like(like, types.unliteral(number)), lower
+
+
+def has_tables() -> bool:
+    """Whether one instruction looks up sixteen lanes in a `table`."""
+    return has_feature(cpu_target.target_context, "avx512f")
+
+
+def table(numbers: Any) -> Any:
+    """A function of int32 lanes for kernels: in each lane the one of these sixteen numbers that its low four bits count
+    to. Only where `has_tables()`.
+    """
+
+    def typing(typingctx: Any, v: Any) -> Any:
+        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            held_numbers = _opaque(builder, ir.Constant(_vector_ir("i32"), [int(number) for number in numbers]))
+            return call_intrinsic(builder, "llvm.x86.avx512.permvar.si.512", held_numbers.type, held_numbers, args[0])
+
+        return v(v), lower
+
+    return intrinsic(typing)
 
 
 @intrinsic
