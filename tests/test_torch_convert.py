@@ -15,14 +15,14 @@ F = torch.nn.functional
 nn = torch.nn
 
 
-def agree(model, *inputs, backward=True):
+def agree(model, *inputs, backward=True, **options):
     """Convert a copy; the outputs and the gradients of the two must be the same. Gives the copy and the report."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter))
     ours = copy.deepcopy(model)
-    report = gnt.convert(ours)
+    report = gnt.convert(ours, **options)
     for mode in (True, False):
         want, found = model.train(mode)(*inputs), ours.train(mode)(*inputs)
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
@@ -363,9 +363,64 @@ def test_blocks_that_are_left_alone(block):
 def test_blocks_of_which_only_torch_fx_is_sure(block):
     x = torch.randn(2, 8, 5, 5)
     ours, report = agree(block(), x)
+    assert kernels(ours, x) == []
+    ours, report = agree(block(), x, across_modules=True)
     assert kernels(ours, x) == ["silu"]
     assert "torch.fx" in str(report)
     assert type(ours) is block
+
+
+class Defaults(Block):
+    """Numbers take the place of tensors, and tensors of another type make the result of that type."""
+
+    def forward(self, x, r=0, s=0.5, t=2.0):
+        h = self.norm1(x)
+        h = h * (1 + s) + t
+        h = self.act(h)
+        h = self.norm2(h)
+        h = h + r
+        return self.act(h)
+
+
+def test_numbers_and_other_types_where_tensors_may_be():
+    x, r = torch.randn(2, 8, 5, 5), torch.randn(2, 8, 5, 5)
+    s, t = torch.randn(2, 8, 1, 1), torch.randn(2, 8, 1, 1)
+    ours, report = agree(Defaults(), x)
+    assert report.count("fused") == 2
+    assert kernels(ours, x) == []
+    assert kernels(ours, x, r, s, t) == ["silu", "silu"]
+    assert kernels(ours, x, r.double(), s, t) == ["silu"]
+    assert kernels(ours, x, r, s.double(), t) == []
+    assert ours(x.bfloat16(), r, s, t).dtype == torch.float32
+
+
+def test_a_class_that_is_patched_later_is_read_again(monkeypatch):
+    x = torch.randn(2, 8, 5, 5)
+    assert gnt.convert(Defaults()).count("fused") == 2
+    monkeypatch.setattr(Defaults, "forward", lambda self, x: 3 * self.act(self.norm1(x)))
+    agree(Defaults(), x)
+
+
+def test_what_replaced_a_forward_stays():
+    class Strict(Block):
+        def __init_subclass__(cls, *, tag):
+            pass
+
+    class Tagged(Strict, tag=1):
+        def forward(self, x):
+            return self.act(self.norm1(x))
+
+    x = torch.randn(2, 8, 5, 5)
+    _, report = agree(Tagged(), x)
+    assert "allows no subclass" in str(report)
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.Identity(), nn.SiLU())
+    model[1].forward = lambda h: 2 * h
+    want = model(x)
+    assert gnt.convert(model).count("fused") == 0
+    torch.testing.assert_close(model(x), want)
+    block = Block()
+    block.forward = functools.partial(block.norm2)
+    assert "its forward was replaced" in str(gnt.convert(block))
 
 
 def test_source_that_is_not_what_runs_is_not_used(tmp_path, monkeypatch):
@@ -428,12 +483,12 @@ class Apart(nn.Module):
 
 def test_torch_fx_fuses_what_is_apart():
     x = torch.randn(2, 3, 5, 5)
-    ours, report = agree(Apart(), x)
+    ours, report = agree(Apart(), x, across_modules=True)
     assert report.count("fused") == 1
     assert "torch.fx" in str(report)
     assert kernels(ours, x) == ["silu"]
     assert "seen" not in vars(copy.deepcopy(Apart()))
-    assert gnt.convert(ours).changes == []
+    assert gnt.convert(ours, across_modules=True).changes == []
     assert kernels(pickle.loads(pickle.dumps(ours)), x) == ["silu"]
     gnt.revert(ours)
     assert repr(ours) == repr(Apart())
@@ -442,17 +497,45 @@ def test_torch_fx_fuses_what_is_apart():
 @pytest.mark.parametrize("options", ["shared", "twice", "eval", "data"])
 def test_torch_fx_leaves_alone_what_is_not_sure(options):
     x = torch.randn(2, 3, 5, 5)
-    ours, report = agree(Apart(options), x)
+    ours, report = agree(Apart(options), x, across_modules=True)
     assert report.count("fused") == 0
     assert kernels(ours, x) == []
 
 
+def test_what_is_apart_is_left_alone_unless_asked():
+    """A part of the model that is called alone must give what it gave."""
+    model, x = Apart(), torch.randn(2, 3, 5, 5)
+    want = model.head(x)
+    assert gnt.convert(model).count("fused") == 0
+    torch.testing.assert_close(model.head(x), want)
+
+
 def test_tracing_leaves_nothing_behind():
-    model = Apart()
+    class Counts(Apart):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+            self.scripted = torch.jit.script(nn.Linear(2, 2))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counts()
     before = set(vars(model))
-    gnt.convert(model)
+    assert gnt.convert(model, across_modules=True).count("fused") == 1
     assert set(vars(model)) == before
     assert model.training
+    assert model.calls == 0
+
+
+def test_torch_fx_leaves_alone_a_norm_whose_forward_was_replaced():
+    model, x = Apart(), torch.randn(2, 3, 5, 5)
+    model.head[1].forward = lambda h: 2 * h
+    want = model(x)
+    report = gnt.convert(model, across_modules=True)
+    assert [change.action for change in report.changes] == ["skipped"]
+    torch.testing.assert_close(model(x), want)
 
 
 def test_a_converted_model_can_be_traced():
@@ -466,7 +549,7 @@ def test_a_converted_model_can_be_traced():
 def test_modules_that_pickle_in_their_own_way():
     model, x = torch.fx.symbolic_trace(nn.Sequential(Apart(), nn.GroupNorm(2, 4), nn.ReLU())), torch.randn(2, 3, 5, 5)
     want = model(x)
-    report = gnt.convert(model)
+    report = gnt.convert(model, across_modules=True)
     assert (report.count("swapped"), report.count("fused")) == (2, 2)
     for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(same(x), want)
@@ -475,6 +558,21 @@ def test_modules_that_pickle_in_their_own_way():
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_what_somebody_gave_a_batch_norm_stays():
+    """Hooks of every kind, parameters and attributes."""
+    norm, seen = nn.BatchNorm2d(8), []
+    norm.register_forward_hook(lambda module, args, kwargs, out: seen.append("forward"), with_kwargs=True)
+    norm.register_full_backward_hook(lambda module, dx, dy: seen.append("backward"))
+    norm.tag, norm.extra = "mine", nn.Parameter(torch.ones(1))
+    model, weight = nn.Sequential(norm), norm.weight
+    gnt.convert(model, batch_norm=True)
+    assert (norm.tag, norm.weight is weight, norm.num_channels) == ("mine", True, 8)
+    assert set(norm.state_dict()) == {"weight", "bias", "extra"}
+    model(torch.randn(2, 8, 3, 3, requires_grad=True)).sum().backward()
+    assert seen == ["forward", "backward"]
+    assert copy.deepcopy(model)[0].tag == "mine"
 
 
 @pytest.mark.parametrize("bad", [None, "model", torch.zeros(3)])

@@ -140,6 +140,9 @@ def test_out_and_in_place():
     torch.testing.assert_close(x, want)
     with pytest.raises(ValueError, match="out cannot be given"):
         gnt.group_norm(x.requires_grad_(), 3, out=torch.empty(2, 6, 5, 5))
+    followed = torch.empty(2, 6, 5, 5, requires_grad=True) * 2  # its gradient would be that of what it held
+    with pytest.raises(ValueError, match="out cannot be given"):
+        gnt.group_norm(x.detach(), 3, out=followed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -82,6 +82,13 @@ def test_running_statistics_are_those_of_instance_norm():
     assert ours.num_batches_tracked == 0
 
 
+def test_running_statistics_learn_nothing_from_an_empty_batch():
+    norm = gnt.GroupNorm(2, 4, track_running_stats=True)
+    assert norm(torch.empty(0, 4, 3, 3)).shape == (0, 4, 3, 3)
+    assert torch.equal(norm.running_mean, torch.zeros(2))
+    assert norm.num_batches_tracked == 0
+
+
 # ---- Moments ---------------------------------------------------------------------------------------------------------
 
 
@@ -114,12 +121,24 @@ def test_moments_with_a_mask():
     assert torch.all((plain + plain).count == 2 * plain.count)
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (2, 4, 3, 3)], ids=str)
+def test_moments_of_little_and_of_other_types(shape, gradient):
+    x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_(gradient)
+    m = gnt.moments(x, 2, mask=torch.ones(shape[0], *shape[2:], dtype=torch.bool))
+    y = gnt.normalize(x, gnt.Moments(m.count.float(), m.mean.float(), m.m2.float()), activation="silu")
+    assert not x.numel() or y.stride() == x.stride()
+    torch.testing.assert_close(y, F.silu(gnt.group_norm(x.detach(), 2)))
+
+
 def test_bad_moments():
     m = gnt.moments(torch.randn(2, 6, 4), 3)
     with pytest.raises(gn.ShapeError, match="different shapes"):
         m + gnt.moments(torch.randn(3, 6, 4), 3)
     with pytest.raises(gn.ShapeError, match="one row for each sample"):
         gnt.normalize(torch.randn(3, 6, 4), m)
+    with pytest.raises(gn.DtypeError, match="count must be on x's device"):
+        gnt.normalize(torch.randn(2, 6, 4), gnt.Moments(*(t.to("meta") for t in (m.count, m.mean, m.m2))))
     with pytest.raises(gn.GroupNormError, match="at least one"):
         gnt.merge_moments([])
     with pytest.raises(gn.GroupNormError, match="takes Moments"):

@@ -79,6 +79,10 @@ def test_autocast_policies():
                 y = gnt.group_norm(x.bfloat16(), 4, weight, bias)
                 assert y.dtype == dtype
                 assert gnt.group_norm(x.double(), 4).dtype == torch.float64
+                m = gnt.moments(x.bfloat16(), 4)
+                assert gnt.normalize(x.bfloat16(), m).dtype == dtype
+                with torch.no_grad():
+                    assert gnt.GroupNorm(4, 8, inplace=True)(x.bfloat16()).dtype == dtype
                 model = nn.Sequential(nn.Conv2d(8, 8, 1), gnt.GroupNorm(4, 8))
                 assert model(x).dtype == dtype
                 torch._dynamo.reset()
@@ -89,6 +93,20 @@ def test_autocast_policies():
         gnt.set_autocast("keep")
     with pytest.raises(gn.OptionError, match="keep, float32"):
         gnt.set_autocast("bfloat16")
+
+
+def test_many_gradients_at_once():
+    """PyTorch's older vmap, which torch.autograd has of its own."""
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    ours, stock = gnt.group_norm(x, 2, activation="tanh"), torch.tanh(F.group_norm(x, 2))
+    dys = torch.randn(5, *x.shape)
+    found, want = (torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)[0] for y in (ours, stock))
+    torch.testing.assert_close(found, want)
+    found, want = (
+        torch.autograd.functional.jacobian(f, x, vectorize=True)
+        for f in (lambda t: gnt.group_norm(t, 2), lambda t: F.group_norm(t, 2))
+    )
+    torch.testing.assert_close(found, want)
 
 
 def test_gradients_of_16_bit_parameters_are_summed_in_float32():

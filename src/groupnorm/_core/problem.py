@@ -59,9 +59,9 @@ class Problem:
         return {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}[self.dtype]
 
 
-def check_num_groups(num_groups: Any, channels: int, uneven: bool) -> int:
+def check_num_groups(num_groups: Any, channels: int, uneven: bool | None) -> int:
     """num_groups as an int; OptionError if it is not a positive whole number, ShapeError if it does not fit the
-    channels.
+    channels. uneven: None where the caller has no such option.
     """
     try:
         groups = None if isinstance(num_groups, bool) else int(operator.index(num_groups))
@@ -81,7 +81,7 @@ def check_num_groups(num_groups: Any, channels: int, uneven: bool) -> int:
         divisors = [d for d in range(1, channels + 1) if channels % d == 0]
         below, above = max(d for d in divisors if d < groups), min(d for d in divisors if d > groups)
         raise ShapeError(f"num_groups must divide channels: got {groups} groups, {channels} channels; "
-                         f"try {below} or {above}, or uneven=True")  # fmt: skip
+                         f"try {below} or {above}{'' if uneven is None else ', or uneven=True'}")  # fmt: skip
     return groups
 
 

@@ -95,7 +95,7 @@ def identities(x: Array, num_groups: int, weight: Array, bias: Array, *, eps: fl
     """
     x = check_features(x)
     N, C = x.shape[:2]
-    G = check_num_groups(num_groups, C, False)
+    G = check_num_groups(num_groups, C, None)
     eps = check_eps(eps)
     rows = x.reshape(N, C, -1)
     affine = weight, bias

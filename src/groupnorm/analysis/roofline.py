@@ -137,7 +137,7 @@ def roofline(
     axis = channel_axis(layout, len(sizes))
     N, C = sizes[0], sizes[axis]
     S = prod(sizes) // (N * C)
-    G = check_num_groups(num_groups, C, uneven=False)
+    G = check_num_groups(num_groups, C, None)
     check_activation(activation)
     named: Any = dtype
     if not isinstance(named, str) or named not in ITEM_BYTES:

@@ -48,7 +48,7 @@ class Style:
         if mean.ndim != 2 or count.shape != mean.shape[:1] or comoment.shape != (*mean.shape, mean.shape[1]):
             raise ShapeError(f"count, mean and comoment must have the shapes (N,), (N, C) and (N, C, C): got "
                              f"{count.shape}, {mean.shape} and {comoment.shape}; make them with style")  # fmt: skip
-        groups = check_num_groups(self.num_groups, mean.shape[1], False)
+        groups = check_num_groups(self.num_groups, mean.shape[1], None)
         for name, value in (("count", count), ("mean", mean), ("comoment", comoment), ("num_groups", groups)):
             object.__setattr__(self, name, value)
 
@@ -126,7 +126,7 @@ def style(features: Array, num_groups: int | None = None, *, layout: str = "NCHW
     axis = channel_axis(layout, np.ndim(features))
     channels = np.shape(features)[axis]
     rough = moments(features, max(channels, 1), layout=layout)  # its errors are the ones for wrong features
-    groups = check_num_groups(channels if num_groups is None else num_groups, channels, False)
+    groups = check_num_groups(channels if num_groups is None else num_groups, channels, None)
     rows = np.asarray(features)
     positions = prod(size for i, size in enumerate(rows.shape) if i not in (0, axis))
     rows = rows.reshape(len(rows), channels, positions) if axis == 1 else rows.reshape(len(rows), positions, channels)

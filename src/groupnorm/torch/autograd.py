@@ -11,6 +11,9 @@ __all__ = ["Differentiable"]
 Tensor = Any
 
 
+_is_batch = torch._C._functorch.is_legacy_batchedtensor  # many dy at once, from torch.autograd.grad(is_grads_batched)
+
+
 class Differentiable(torch.autograd.Function):
     """y = group_norm(x, ...). Keeps the inputs, mean and rstd for backward, nothing of x's size beside x: z, of which
     the activation is taken, is computed again.
@@ -32,13 +35,14 @@ class Differentiable(torch.autograd.Function):
         """The gradients of the inputs that need one."""
         x, weight, bias, scale, shift, residual, mask, stats = ctx.saved_tensors
         kind, needs = ctx.kind, ctx.needs_input_grad[:6]
-        if not torch.is_grad_enabled():
+        again = torch.is_grad_enabled()  # create_graph=True: these gradients will be differentiated
+        if not again and not _is_batch(dy):
             return *call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, needs), None, None
-        # create_graph=True: these gradients will be differentiated
-        y = composite.group_norm(
-            x, kind.num_groups, weight, bias, kind.eps, kind.activation, scale, shift, residual, mask
-        )
-        inputs = (x, weight, bias, scale, shift, residual)
-        wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+        with torch.enable_grad():
+            y = composite.group_norm(
+                x, kind.num_groups, weight, bias, kind.eps, kind.activation, scale, shift, residual, mask
+            )
+            inputs = (x, weight, bias, scale, shift, residual)
+            wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
         return *(next(found) if need else None for need in needs), None, None

@@ -26,8 +26,9 @@ def replace_batch_norm(module: Module) -> None:
     like = module.weight if module.weight is not None else module.running_mean
     kind: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
     norm: Any = GroupNorm(groups, channels, module.eps, **kind)
-    if module.weight is not None:
-        norm.weight, norm.bias = module.weight, module.bias  # the same parameters, for who holds them
+    for name in ("weight", "bias"):  # the same parameters, for who holds them
+        if module._parameters[name] is not None:
+            setattr(norm, name, module._parameters[name])
     with torch.no_grad():
         if module.running_mean is not None:
             mean, var = (t.double().view(groups, -1) for t in (module.running_mean, module.running_var))
@@ -36,8 +37,11 @@ def replace_batch_norm(module: Module) -> None:
             factor = norm.weight.double() * torch.rsqrt(var + module.eps).view(-1)
             norm.bias += (factor * (of_group - mean).view(-1)).to(norm.bias.dtype)
             norm.weight.copy_(factor * std.expand_as(var).reshape(-1))
-    norm.train(module.training)
-    hooks = {key: module.__dict__[key] for key in module.__dict__ if key.endswith("_hooks")}
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        del module._buffers[name]
+        module._non_persistent_buffers_set.discard(name)
+    del module.num_features
     module.__class__ = GroupNorm
-    module.__dict__.clear()
-    module.__dict__.update(norm.__dict__ | hooks)
+    module._parameters.update(norm._parameters)
+    options = {name: value for name, value in norm.__dict__.items() if name[0] != "_" and name != "training"}
+    module.__dict__.update(options)  # hooks and whatever else somebody gave the module stay

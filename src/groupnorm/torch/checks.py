@@ -24,7 +24,7 @@ def check(
         raise ShapeError(f"x must have a batch and a channel axis: got {x.dim()} axes; add axes of length 1, "
                          "e.g. x[None]")  # fmt: skip
     n, c = x.shape[:2]
-    check_num_groups(num_groups, c, False)
+    check_num_groups(num_groups, c, None)
     check_eps(eps)
     check_activation(activation)
     wanted = {"weight": ((c,), "(C,)"), "bias": ((c,), "(C,)"), "scale": ((n, c), "(N, C)"),

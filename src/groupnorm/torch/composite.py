@@ -1,15 +1,16 @@
 """Group Normalization in PyTorch's own operations: differentiable in every mode and to every order, on every device.
 
-For what an engine does not take: forward-mode, vmap and the other transforms of torch.func, double backward, tensors
-that are no plain ones or not on the CPU. The equations and their numbers are those of `groupnorm.reference`.
+For what no engine takes: forward-mode, vmap and the other transforms of torch.func, double backward, tensors that are
+no plain ones or on other devices. The equations are those of `groupnorm.reference`; sums are PyTorch's.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["ACTIVATIONS", "by_native", "group_norm", "moments", "normalize"]
+__all__ = ["ACTIVATIONS", "by_native", "group_norm", "moments", "normalize", "widest"]
 
 Tensor = Any
 F = torch.nn.functional
@@ -31,7 +32,7 @@ def group_norm(
 ) -> Tensor:  # fmt: skip
     """y, in x's type; computed in float32, or float64 for float64. Equations (1) to (8)."""
     d, _, _, var = _deviations(_wide(x), num_groups, mask)
-    xhat = (d * torch.rsqrt(var + eps)).reshape(x.shape)
+    xhat = (d * torch.rsqrt(var + eps)).flatten(1, 2)
     return _epilogue(x, xhat, weight, bias, activation, scale, shift, residual, mask)
 
 
@@ -51,25 +52,27 @@ def by_native(
 
 def moments(x: Tensor, num_groups: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and M2 of each group, (N, G) float64. Equations (1) to (3)."""
-    _, count, mean, var = _deviations(x.double(), num_groups, mask)
+    _, count, mean, var = _deviations(widest(x), num_groups, mask)
     shape = (x.shape[0], num_groups)
-    count, mean, var = (t.reshape(-1, t.shape[1]).expand(shape) for t in (count, mean, var))
+    count, mean, var = (t.flatten(1).expand(shape) for t in (count, mean, var))
     return count, mean, var * count
 
 
 def _deviations(v: Tensor, num_groups: int, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Deviations from the mean, (N, G, D, S), and count, mean and variance, of shapes that fit them."""
-    n, c = v.shape[:2]
-    v = v.reshape(n, num_groups, c // num_groups, -1) if v.numel() else v.reshape(n, num_groups, c // num_groups, 0)
+    """Deviations from the mean, (N, G, D, *spatial), in x's order in memory, and count, mean and variance, of shapes
+    that fit them.
+    """
+    v = _in_groups(v, num_groups)
+    axes = tuple(range(2, v.dim()))
     if mask is None:
-        count = v.new_full((1, 1, 1, 1), v.shape[2] * v.shape[3])
+        count = v.new_full((1, 1, *(1 for _ in axes)), math.prod(v.shape[2:]))
     else:
-        m = mask.reshape(n, 1, 1, -1)
-        count = (m.sum(3, keepdim=True) * v.shape[2]).to(v.dtype)
+        m = mask[:, None, None]
+        count = (m.sum(axes, keepdim=True) * v.shape[2]).to(v.dtype)
         v = torch.where(m, v, 0.0)
-    mean = v.sum((2, 3), keepdim=True) / count.clamp(min=1)
+    mean = v.sum(axes, keepdim=True) / count.clamp(min=1)
     d = v - mean if mask is None else torch.where(m, v - mean, 0.0)
-    return d, count, mean, (d * d).sum((2, 3), keepdim=True) / count.clamp(min=1)
+    return d, count, mean, (d * d).sum(axes, keepdim=True) / count.clamp(min=1)
 
 
 def normalize(
@@ -77,8 +80,12 @@ def normalize(
     shift: Tensor, residual: Tensor,
 ) -> Tensor:  # fmt: skip
     """The same with given statistics of shape (N, G)."""
-    v = _wide(x).reshape(*mean.shape, -1)
-    xhat = ((v - mean[..., None]) * rstd[..., None]).reshape(x.shape).to(v.dtype)
+    v = _in_groups(_wide(x), mean.shape[1])
+    of_group = (*mean.shape, *[1] * (v.dim() - 2))
+    m, r = mean.reshape(of_group), rstd.reshape(of_group)
+    near = m.to(v.dtype)
+    xhat = ((v - near) - (m - near).to(v.dtype)) * r.to(v.dtype)
+    xhat = xhat.flatten(1, 2)
     return _epilogue(x, xhat, weight, bias, activation, scale, shift, residual, None)
 
 
@@ -107,5 +114,15 @@ def _epilogue(
     return z.to(x.dtype)
 
 
+def widest(tensor: Tensor) -> Tensor:
+    """As float64, or float32 on a device that has no float64."""
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()
+
+
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _in_groups(tensor: Tensor, num_groups: int) -> Tensor:
+    """(N, C, *spatial) as (N, G, D, *spatial), a view whatever the strides."""
+    return tensor.unflatten(1, (num_groups, tensor.shape[1] // num_groups))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from groupnorm.errors import DtypeError
 from groupnorm.torch.batch_norm import BATCH_NORMS, replace_batch_norm
 from groupnorm.torch.fusion import fuse, unfuse
 from groupnorm.torch.graph import fuse_graph, restore
@@ -55,28 +56,34 @@ class Report:
         self.changes.append(Change(name, action, detail))
 
 
-def convert(model: Module, *, batch_norm: bool = False) -> Report:
+def convert(model: Module, *, batch_norm: bool = False, across_modules: bool = False) -> Report:
     """Swap every torch.nn.GroupNorm in `model` for `GroupNorm`, in place, and let it do the activation that follows it.
     Returns a `Report`, which prints as a table. Converting twice changes nothing; `revert` undoes it.
 
-    An activation is fused where that is the same computation for sure: after a norm in a torch.nn.Sequential; where the
-    source of a module's forward says `act(norm(x))`, in one or in several statements (see `groupnorm.torch.rewrite`),
-    also with a residual or a scale and shift between them; and where torch.fx shows that nobody else uses what the norm
-    gives. The first two leave every module in its place: with hooks on the norm or the activation, or another module in
-    their stead, both are called as before.
+    An activation is fused where that is the same computation for sure: after a norm in a torch.nn.Sequential, and where
+    the source of a module's forward says `act(norm(x))`, in one or in several statements (see
+    `groupnorm.torch.rewrite`), also with a residual or a scale and shift between them. Every module stays in its place:
+    with hooks on the norm or the activation, or another module in their stead, both are called as before.
+
+    across_modules: also fuse a norm with an activation in another module, where torch.fx, which traces the model's
+    forward, shows that nobody else uses what the norm gives. The model must then always be called as a whole, and must
+    take the same way through its forward whatever its arguments: a part of it that is called alone would give what the
+    norm gives with the activation.
 
     batch_norm: also replace BatchNorm1d to 3d by a GroupNorm whose weight and bias take up the running statistics, so
     that it starts near what the BatchNorm does in eval. That is another function, to be trained further, and is not
     undone by `revert`.
 
-    Subclasses of torch.nn.GroupNorm stay as they are. Raises TypeError for what is no module.
+    Subclasses of torch.nn.GroupNorm stay as they are. Raises DtypeError (a TypeError) for what is no module.
     """
     _check(model)
     report = Report()
     places = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     for name, module in model.named_modules():
         kind = type(module)
-        if kind is torch.nn.GroupNorm:
+        if kind is torch.nn.GroupNorm and "forward" in module.__dict__:
+            report._add(name, "skipped", "its forward was replaced")
+        elif kind is torch.nn.GroupNorm:
             _swap(module)
             report._add(name, "swapped", _sizes(module))
         elif isinstance(module, torch.nn.GroupNorm) and kind is not GroupNorm:
@@ -93,7 +100,7 @@ def convert(model: Module, *, batch_norm: bool = False) -> Report:
                 report._add(_joined(name, norm), "fused", f"with the {activation} after it")
         if found.reason is not None:
             report._add(name, "skipped", f"no activation was fused: {found.reason}")
-    for norm, activation in fuse_graph(model):
+    for norm, activation in fuse_graph(model) if across_modules else []:
         report._add(norm, "fused", f"with {activation}, as torch.fx sees it")
     report.changes.sort(key=lambda change: places[change.name])
     return report
@@ -122,7 +129,7 @@ def revert(model: Module) -> Report:
 
 def _check(model: Module) -> None:
     if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module: got {type(model).__name__}; pass the model itself")
+        raise DtypeError(f"model must be a torch.nn.Module: got {type(model).__name__}; pass the model itself")
 
 
 def _swap(module: Module) -> None:

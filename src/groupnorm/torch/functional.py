@@ -49,7 +49,7 @@ def group_norm(
     if is_followed():
         return _followed(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
-    if asks_for_gradient(x, weight, bias, scale, shift, residual):
+    if asks_for_gradient(x, weight, bias, scale, shift, residual, out):
         _refuse_out(out)
         if kind.plain:
             return _differentiable(x, weight, bias, scale, shift, residual, mask, kind)
@@ -68,7 +68,7 @@ def _followed(
     if compiling and out is None and (x.is_cpu or (x.is_cuda and gpu.is_here())) and not exporting:
         return ops.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
     check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
-    if out is not None and asks_for_gradient(x, weight, bias, scale, shift, residual):
+    if out is not None and asks_for_gradient(x, weight, bias, scale, shift, residual, out):
         _refuse_out(out)
     if exporting and mask is None and out is None:  # ONNX has this operator, too
         return composite.by_native(x, num_groups, weight, bias, eps, activation, scale, shift, residual)

@@ -18,7 +18,7 @@ from groupnorm.torch.composite import ACTIVATIONS
 from groupnorm.torch.module import GroupNorm
 from groupnorm.torch.rewrite import Unreadable, rewrite
 
-__all__ = ["Found", "activation_name", "fuse", "is_fused", "is_watched", "norm_act", "unfuse"]
+__all__ = ["Found", "activation_name", "fuse", "is_fused", "is_ours", "is_watched", "norm_act", "unfuse"]
 
 Module = Any
 Tensor = Any
@@ -51,12 +51,12 @@ def norm_act(
     they are called one after the other.
     """
     name = activation if isinstance(activation, str) else activation_name(activation)
-    if name is not None and isinstance(x, torch.Tensor) and _is_ours(norm) and not is_watched(norm, activation):
+    if name is not None and isinstance(x, torch.Tensor) and is_ours(norm) and not is_watched(norm, activation):
         for_sample = (*x.shape[:2], *[1] * (x.dim() - 2))
         if scale is None and residual is None:
             return norm.normalized(x, name)
-        if (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)) and (
-            scale is None or scale.shape == for_sample == shift.shape
+        if (residual is None or _is_like(residual, x, x.shape)) and (
+            scale is None or (_is_like(scale, x, for_sample) and _is_like(shift, x, for_sample))
         ):
             scale, shift = (None, None) if scale is None else (scale.flatten(1), shift.flatten(1))
             return norm.normalized(x, name, scale, shift, residual)
@@ -68,6 +68,11 @@ def norm_act(
     elif residual is not None:
         y = y + residual
     return ACTIVATIONS[activation](y) if isinstance(activation, str) else activation(y)
+
+
+def _is_like(value: Any, x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a value is a tensor of this shape and of x's type, so that adding it to x leaves x's type."""
+    return isinstance(value, torch.Tensor) and value.shape == shape and value.dtype == x.dtype
 
 
 def activation_name(module: Module) -> str | None:
@@ -92,20 +97,22 @@ def fuse(module: Module) -> Found:
     """Let a module hand its norms and the activations after them to `norm_act`. Nothing happens the second time."""
     kind: Any = type(module)
     norms = tuple(sorted(name for name, child in module._modules.items() if type(child) is GroupNorm))
-    if not norms or is_fused(module) or "forward" in module.__dict__:
+    if not norms or is_fused(module):
         return Found({})
+    if "forward" in module.__dict__:
+        return Found({}, reason="its forward was replaced")
     found: dict[str, tuple[str | None, str]]  # name of the activation if it is a function, name of its module else
     if kind.forward is torch.nn.Sequential.forward:
         steps = _steps(list(module._modules.values()))
         place = {id(child): name for name, child in module._modules.items()}
-        made, reason = _sequential_class(kind), None
         found = {place[id(norm)]: (None, place[id(after)]) for norm, after in steps if after is not None}
+        made, reason = _sequential_class(kind) if found else (None, None)
     else:
         activations = sorted(
             name for name, child in module._modules.items() if child is not None and activation_name(child)
         )
-        made, found, reason = _block_class(kind, norms, tuple(activations))
-    if not found:
+        made, found, reason = _block_class(kind, kind.forward, norms, tuple(activations))
+    if made is None:
         return Found({}, reason=reason)
     module.__class__ = made
     children = {norm: module._modules.get(child, "") for norm, (_, child) in found.items()}
@@ -128,15 +135,18 @@ def is_fused(module: Module) -> bool:
 
 
 @functools.cache
-def _sequential_class(kind: Any) -> Any:
-    """A torch.nn.Sequential, or a subclass with its forward, that fuses."""
+def _sequential_class(kind: Any) -> tuple[Any, Any]:
+    """A torch.nn.Sequential, or a subclass with its forward, that fuses; and the reason if there is none."""
 
     def forward(self: Module, input: Tensor) -> Tensor:
         for module, activation in _steps(list(self._modules.values())):
             input = module(input) if activation is None else norm_act(module, activation, input)
         return input
 
-    return _subclass(kind, forward, (_sequential_class, kind))
+    try:
+        return _subclass(kind, forward, (_sequential_class, kind)), None
+    except Unreadable as reason:
+        return None, str(reason)
 
 
 def _steps(modules: list[Module]) -> list[tuple[Module, Module]]:
@@ -161,28 +171,32 @@ def _steps(modules: list[Module]) -> list[tuple[Module, Module]]:
 def _does_nothing(module: Module) -> bool:
     kind = type(module)
     idle = kind is torch.nn.Identity or (kind in _DROPOUTS and (module.p == 0 or not module.training))
-    return idle and not is_watched(module)
+    return idle and "forward" not in module.__dict__ and not is_watched(module)
 
 
 @functools.cache
-def _block_class(kind: Any, norms: tuple[str, ...], activations: tuple[str, ...]) -> tuple[Any, Any, Any]:
-    """The class that fuses the norms of a block that has these children; the norms, with the name or the module of the
-    activation; and the reason if there is no such class.
+def _block_class(kind: Any, source: Any, norms: tuple[str, ...], activations: tuple[str, ...]) -> tuple[Any, Any, Any]:
+    """The class that fuses the norms of a block that has the forward `source` and these children; the norms, with the
+    name or the module of the activation; and the reason if there is no such class.
     """
-    innermost = inspect.unwrap(kind.forward)
+    innermost = inspect.unwrap(source)
     if not isinstance(innermost, types.FunctionType):
         return None, {}, "its forward is no Python function"
     self = innermost.__code__.co_varnames[0]
     known: dict[str, str | None] = dict.fromkeys(f"{self}.{name}" for name in activations)
     known |= _functions(innermost)
     try:
-        forward, found = rewrite(
-            kind.forward, {f"{self}.{name}" for name in norms}, known, norm_act
-        )  # fmt: skip
+        forward, found = rewrite(source, {f"{self}.{name}" for name in norms}, known, norm_act)
+        made = _subclass(kind, forward, (_class_of, kind, norms, activations)) if found else None
     except Unreadable as reason:
         return None, {}, str(reason)
     named = {norm.split(".")[1]: (known[after], after.split(".")[-1]) for norm, after in found.items()}
-    return _subclass(kind, forward, (_block_class, kind, norms, activations)), named, None
+    return made, named, None
+
+
+def _class_of(kind: Any, norms: tuple[str, ...], activations: tuple[str, ...]) -> tuple[Any, Any, Any]:
+    """`_block_class` for pickles, which do not hold the forward."""
+    return _block_class(kind, kind.forward, norms, activations)
 
 
 def _functions(function: types.FunctionType) -> dict[str, str | None]:
@@ -203,7 +217,7 @@ def _functions(function: types.FunctionType) -> dict[str, str | None]:
 
 def _subclass(kind: Any, forward: Any, recipe: tuple[Any, ...]) -> Any:
     """A class that looks like `kind`, with another forward. Pickles and copies are made by the recipe, unless modules
-    of this kind have a way of their own, as those of torch.fx do.
+    of this kind have a way of their own, as those of torch.fx do. Raises Unreadable if `kind` allows no such class.
     """
 
     def reduce(self: Module, protocol: Any) -> Any:
@@ -213,17 +227,19 @@ def _subclass(kind: Any, forward: Any, recipe: tuple[Any, ...]) -> Any:
 
     space = {"forward": forward, "unfused": kind, "__reduce_ex__": reduce, "__module__": kind.__module__,
              "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}  # fmt: skip
-    return types.new_class(kind.__name__, (kind,), {}, lambda namespace: namespace.update(space))
+    try:
+        return types.new_class(kind.__name__, (kind,), {}, lambda namespace: namespace.update(space))
+    except Exception as error:  # whatever its __init_subclass__ or metaclass raises
+        raise Unreadable(f"{kind.__name__} allows no subclass: {error}") from error
 
 
 def _restored(make: Any, kind: Any, *children: Any) -> Any:
     """A new object of the class of a recipe, still empty; of `kind` itself where that is written otherwise here."""
-    made = make(kind, *children)
-    cls = made[0] or kind if isinstance(made, tuple) else made
+    cls = make(kind, *children)[0] or kind
     return cls.__new__(cls)
 
 
-def _is_ours(norm: Module) -> bool:
+def is_ours(norm: Module) -> bool:
     """Whether a module is a `GroupNorm` of which nothing was changed, and which leaves the activation to others."""
     plain = type(norm) is GroupNorm and "forward" not in norm.__dict__
     return plain and norm.activation is None and not norm.track_running_stats

@@ -1,7 +1,8 @@
 """Norm and activation in one kernel where only the graph of a whole model shows that they belong together.
 
 For what `rewrite.py` does not see: a norm and an activation in different modules, or in a forward without source. The
-norm takes over the activation, whose place is held by a module that does nothing.
+norm takes over the activation, whose place is held by a module that does nothing. So it holds for calls of the whole
+model that take the way that was traced, which only who calls the model can know: `convert` does it when asked.
 """
 
 import contextlib
@@ -13,8 +14,7 @@ from typing import Any
 import torch
 import torch.fx
 
-from groupnorm.torch.fusion import activation_name, is_fused, is_watched
-from groupnorm.torch.module import GroupNorm
+from groupnorm.torch.fusion import activation_name, is_fused, is_ours, is_watched
 
 __all__ = ["Placeholder", "fuse_graph", "restore"]
 
@@ -47,12 +47,12 @@ def fuse_graph(model: Module) -> list[tuple[str, str]]:
     """Let norms do the activations that are the only users of what they give. Gives the names of both.
 
     Only if torch.fx can trace the model and finds the same in training and in eval; only modules that are called once
-    and have no hooks. done: the ids of norms that are fused already.
+    and have no hooks.
     """
     modules = dict(model.named_modules())
     places = Counter(id(child) for module in modules.values() for child in module._modules.values())
     free = {name for name, module in modules.items() if places[id(module)] == 1 and not is_watched(module)}
-    norms = {name for name in free if _is_ours(modules[name]) and not is_fused(modules[name.rpartition(".")[0]])}
+    norms = {name for name in free if is_ours(modules[name]) and not is_fused(modules[name.rpartition(".")[0]])}
     activations = {name for name in free if activation_name(modules[name]) is not None}
     if not norms or not activations:
         return []
@@ -75,10 +75,6 @@ def restore(model: Module) -> list[str]:
                 module._modules[key] = child.original
                 names.append(f"{parent}.{key}" if parent else key)
     return names
-
-
-def _is_ours(module: Module) -> bool:
-    return type(module) is GroupNorm and module.activation is None and not module.track_running_stats
 
 
 class _Tracer(torch.fx.Tracer):
@@ -110,13 +106,18 @@ def _pairs(model: Module, training: bool) -> set[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _unchanged(model: Module) -> Iterator[None]:
-    """Whatever modules are given as attributes in here is forgotten after."""
-    kept = [(module, dict(module.__dict__)) for module in model.modules()]
-    tables = ("_parameters", "_buffers", "_modules")
-    inner = [(getattr(module, table), dict(getattr(module, table))) for module, _ in kept for table in tables]
+    """Whatever modules are given as attributes in here is forgotten after, and buffers are as they were."""
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    kept = [(module.__dict__, dict(module.__dict__)) for module in modules]
+    for table in ("_parameters", "_buffers", "_modules"):
+        kept += [(getattr(module, table), dict(getattr(module, table))) for module in modules]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for now, before in [(module.__dict__, before) for module, before in kept] + inner:
+        for now, before in kept:
             now.clear()
             now.update(before)
+        for buffer, version, values in buffers:
+            if buffer._version != version:
+                buffer.detach().copy_(values)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 
 from groupnorm._core.problem import check_activation, check_eps, check_num_groups
+from groupnorm.torch.autocast import cast
+from groupnorm.torch.composite import widest
 from groupnorm.torch.functional import group_norm
 from groupnorm.torch.moments import Moments, moments, normalize
 from groupnorm.torch.per_sample import register_with_opacus
@@ -37,7 +39,7 @@ class GroupNorm(torch.nn.GroupNorm):
         dtype: Any = None, *, bias: bool = True, activation: str | None = None, inplace: bool = False,
         momentum: float | None = None, track_running_stats: bool = False,
     ) -> None:  # fmt: skip
-        check_num_groups(num_groups, num_channels, False)
+        check_num_groups(num_groups, num_channels, None)
         check_eps(eps)
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         if not bias:
@@ -79,6 +81,7 @@ class GroupNorm(torch.nn.GroupNorm):
         out = None
         if self.inplace and not torch.compiler.is_compiling():
             out = None if asks_for_gradient(input, self.weight, self.bias, scale, shift, residual) else input
+            out = out if cast(input) is input else None  # y will be of another type
         return group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps, activation=activation, scale=scale, shift=shift,
             residual=residual, out=out,
@@ -99,6 +102,8 @@ class GroupNorm(torch.nn.GroupNorm):
         return ", ".join(options)
 
     def _with_running_statistics(self, input: Tensor) -> Tensor:
+        if self.training and input.numel() == 0:  # nothing to learn from
+            return self.normalized(input, self.activation)
         if self.training:
             with torch.no_grad():
                 found = moments(input, self.num_groups)
@@ -109,6 +114,6 @@ class GroupNorm(torch.nn.GroupNorm):
                 self.num_batches_tracked.add_(1)
             return self.normalized(input, self.activation)
         shape = (input.shape[0], self.num_groups)
-        mean, var = (t.double().expand(shape) for t in (self.running_mean, self.running_var))
+        mean, var = (widest(t).expand(shape) for t in (self.running_mean, self.running_var))
         given = Moments(torch.ones_like(mean), mean, var)  # of one element, so that M2 is the variance
         return normalize(input, given, self.weight, self.bias, self.eps, activation=self.activation)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from groupnorm.errors import GroupNormError, ShapeError
+from groupnorm.errors import DtypeError, GroupNormError, ShapeError
 from groupnorm.torch import call, composite
+from groupnorm.torch.autocast import cast
 from groupnorm.torch.checks import check
 from groupnorm.torch.road import asks_for_gradient, is_followed, is_plain
 
@@ -71,6 +72,7 @@ def moments(x: Tensor, num_groups: int, *, mask: Tensor = None) -> Moments:
     """Count, mean and M2 of every group of x. Arguments, types and errors as for `group_norm`; differentiable in x.
     Cost: x is read once.
     """
+    x = cast(x)
     check(x, num_groups, None, None, 0.0, None, None, None, None, mask, None)
     if is_plain(x, mask) and not is_followed() and not asks_for_gradient(x):
         return Moments(*call.moments(x, num_groups, mask).unbind(2))
@@ -84,8 +86,9 @@ def normalize(
     """`group_norm` with statistics supplied by the caller: m, `Moments` of shape (N, G), e.g. merged over tiles.
 
     Differentiable in everything, m too. Arguments, result and errors as for `group_norm`. Cost: x is read once and y
-    written once.
+    written once; where a gradient is asked for, PyTorch's own operations do it, which keep tensors of x's size.
     """
+    x = cast(x)
     given: Any = m
     if not isinstance(given, Moments) or given.mean.dim() != 2:
         raise GroupNormError(f"m must be Moments of shape (N, G): got {type(m).__name__}; make them with "
@@ -95,7 +98,10 @@ def normalize(
     if m.mean.shape[0] != x.shape[0]:
         raise ShapeError(f"m must have one row for each sample: got {m.mean.shape[0]} rows, {x.shape[0]} samples")
     tensors = (x, weight, bias, scale, shift, residual, m.count, m.mean, m.m2)
+    for name, tensor in zip(("count", "mean", "m2"), (m.count, m.mean, m.m2), strict=True):
+        if tensor.device != x.device:
+            raise DtypeError(f"m.{name} must be on x's device: got {tensor.device}, x is on {x.device}")
     if is_plain(*tensors) and not is_followed() and not asks_for_gradient(*tensors):
-        statistics = torch.stack((m.count, m.mean, m.m2), 2)
+        statistics = torch.stack((m.count.double(), m.mean.double(), m.m2.double()), 2)
         return call.normalize(x, statistics, weight, bias, eps, activation, scale, shift, residual)
     return composite.normalize(x, m.mean, m.rstd(eps), weight, bias, activation, scale, shift, residual)
