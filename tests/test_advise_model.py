@@ -132,6 +132,26 @@ def test_a_shared_norm_counts_its_calls():
     assert twice.predicted_s == 2 * once.predicted_s
 
 
+def test_a_norm_of_many_sizes_is_priced_by_each():
+    """The head of a detector, shared by the levels of a pyramid: the smallest level has the noise."""
+    norm = nn.GroupNorm(4, 16)
+    sides = (32, 16, 2)
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, *levels):
+            return [self.norm(level) for level in levels]
+
+    found = advise_model(Head(), tuple(x_of(2, 16, side, side) for side in sides))[0]
+    alone = [advise_model(norm, x_of(2, 16, side, side))[0] for side in sides]
+    assert (found.calls, found.shape, found.M) == (3, (2, 16, 2, 2), alone[-1].M)
+    assert found.bound_s == pytest.approx(sum(one.bound_s for one in alone))
+    assert any("elements per group" in warning for warning in found.warnings)
+
+
 def test_lazy_modules_are_read_after_the_forward():
     model = nn.Sequential(nn.LazyConv2d(16, 3), nn.LazyBatchNorm2d())
     (layer,) = advise_model(model, x_of(2, 3, 10, 10))

@@ -257,6 +257,15 @@ def test_few_channels_are_told():
     assert not any("are few" in text for text in advise(64, 64, 2).instead)
 
 
+@pytest.mark.parametrize(
+    ("channels", "task", "published"), [(480, "medical", 8), (960, "medical", 8), (360, "dp-sgd", 8)]
+)
+def test_what_was_published_for_a_task_is_a_choice(channels, task, published):
+    advice = advise(channels, 64, 2, task=task)
+    assert published in groups_of(advice)
+    assert len(advice) <= advisor.MAX_CHOICES
+
+
 def test_many_divisors_are_capped():
     advice = advise(5040, 64, 2)
     assert len(advice) == advisor.MAX_CHOICES < len(divisors(5040))

@@ -231,6 +231,12 @@ def test_create_operator():
     assert (list(held["li"].ints), list(held["lf"].floats), list(held["ls"].strings)) == ([1], [1.0], [b"s"])
     assert not held["i"].HasField("f")
     assert (list(op.input), list(op.output), op.name) == (["a"], ["b"], "n")
+    device = caffe2.DeviceOption(device_type=1, device_id=2)
+    op = caffe2.create_operator("T", "a", "b", control_input=["c"], device_option=device, engine="E", debug_info="d")
+    assert (list(op.control_input), op.device_option, op.engine, op.debug_info) == (["c"], device, "E", "d")
+    assert len(op.arg) == 0
+    with pytest.raises(DtypeError, match="engine must be a string"):
+        caffe2.create_operator("T", "a", "b", engine=1)
     op = caffe2.create_operator("T", "one", "blob", i=np.int64(1), f=np.float32(0.5))  # as in Caffe2, a single name
     assert (list(op.input), list(op.output), op.arg[0].i, op.arg[1].f) == (["one"], ["blob"], 1, 0.5)
     for value in (None, [1, "s"], {}, np.ones(2)):

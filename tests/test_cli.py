@@ -74,6 +74,12 @@ def test_version():
         (["bench", "--report", "--root", "/nowhere"], "/nowhere"),
         (["demo", "--output", "/nowhere/picture.png"], "/nowhere"),
         (["demo", "--side", "7"], "between 32 and 512"),
+        (["demo", "--output", "picture.svg"], "must end in .png"),
+        (["bench", "--compiled"], "give --models"),
+        (["bench", "--models", "--cold"], "leave --cold"),
+        (["roofline", "1x64x8x8", "--measure", "--storage", "hdd"], "leave --storage hdd away"),
+        (["roofline", "4x1000000000x1000000000", "--groups", "1", "--measure"], "--measure makes arrays"),
+        (["info", "--shape", "2x64x8x8", "--groups", "99999999999999999999", "--direction", "backward"], "num_groups"),
     ],
 )
 def test_an_error_is_one_line_and_exit_code_2(arguments, said, capsys):
@@ -114,9 +120,9 @@ def test_interrupt_exits_with_130(monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="pipes of a POSIX shell")
 def test_a_closed_pipe_is_quiet():
     command = f"{sys.executable} -m groupnorm bench --list --json | head -c 1"
-    run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=60,
-                         env={**os.environ, "PYTHONPATH": str(SOURCE)})  # fmt: skip
-    assert (run.stdout, run.stderr) == ("{", "")
+    run = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False,
+                         timeout=60, env={**os.environ, "PYTHONPATH": str(SOURCE)})  # fmt: skip
+    assert (run.stdout, run.stderr, run.returncode) == ("{", "", 0)
 
 
 def test_help_loads_nothing_heavy():
@@ -137,6 +143,7 @@ def test_info_as_json():
     assert found["machine"]["cores"] >= 1
     assert found["versions"]["numpy"] == np.__version__
     assert found["engines"]["reference"] == "available"
+    assert "not available" in found["engines"]["gpu"] or "GPU" in found["engines"]["gpu"]
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

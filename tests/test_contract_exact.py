@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,39 @@ def test_bits_do_not_depend_on_threads_or_batch(
         alone = everything(engine, drawn, slice(n, n + 1))
         for i in range(4):  # y, mean, rstd and dx; gradients of parameters are sums over the batch
             assert alone[i].tobytes() == first[i][n : n + 1].tobytes(), f"sample {n} alone, result {i}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bits_where_slabs_are_narrow(
+    engine: Engine, layout: str, dtype: str, threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many channels go together depends on caches and threads; which of them are summed again must not."""
+    if engine.name != "cpu":
+        pytest.skip("other engines have no slabs")
+    planning, front = import_module("groupnorm._engines.cpu.plan"), import_module("groupnorm.numpy")
+    drawn = draw(Case((4, 256, 19, 20), 16, dtype, layout))
+    np.moveaxis(drawn.x, drawn.axis, -1)[:, 0, 0, 1::33] += 1e4  # an outlier in the first row: a pivot off its mean
+    caches, found = planning.CACHES, []
+    for share in (caches.l3, 1 << 17, 1 << 15, 1 << 14):
+        monkeypatch.setattr(planning, "CACHES", caches._replace(l2=min(share, caches.l2), l3=share))
+        for number in (1, 2, 4):
+            threads(number)
+            monkeypatch.setattr(front, "_calls", {})
+            found.append(everything(engine, drawn))
+    assert not any(differing(found[0], other) for other in found)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_bits_of_backward_by_either_road(engine: Engine, layout: str, dtype: str, threads: Any) -> None:
+    """With an activation, whose slope depends on the last bit of the mean, without given statistics."""
+    if engine.name == "reference":
+        pytest.skip("the specification has no roads")
+    drawn = draw(Case((1, 8, 128, 130), 1, dtype, layout, activation="silu", loc=50.0))
+    threads(1)
+    first = everything(engine, drawn)
+    for number in (2, 3):
+        threads(number)
+        assert not differing(first, everything(engine, drawn)), f"{number} threads"
 
 
 def test_bits_with_every_option(engine: Engine, layout: str, threads: Any) -> None:

@@ -222,6 +222,37 @@ def test_out_overlaps_an_input(engine: Engine, layout: str) -> None:
 
 
 @layouts
+@pytest.mark.parametrize("apart", [True, False])
+def test_out_is_another_part_of_an_inputs_buffer(engine: Engine, layout: str, apart: bool) -> None:
+    """Half of a buffer into the other half, or into one that reaches into it: out's strides are not those of an array
+    of its own, and what is beside it must stay.
+    """
+    axis = 1 if layout == "NCHW" else -1
+    room = draw(Case((3, 64, 6, 10), 4, layout=layout)).x
+    channels = np.moveaxis(room, axis, 0)
+    at = 32 if apart else 16
+    first, second = (np.moveaxis(part, 0, axis) for part in (channels[: 64 - at], channels[at:]))
+    kept = channels[:at].copy()
+    want = engine.group_norm(first.copy(), 4, layout=layout)
+    assert engine.group_norm(first, 4, layout=layout, out=second) is second
+    np.testing.assert_allclose(second, want, rtol=1e-6, atol=1e-6)
+    assert np.array_equal(channels[:at], kept)
+    if engine.name == "cpu":
+        m = gn.moments(first.copy(), 4, layout=layout)
+        want = gn.normalize(first.copy(), m, layout=layout)
+        assert gn.normalize(first, m, layout=layout, out=second) is second
+        np.testing.assert_allclose(second, want, rtol=1e-6, atol=1e-6)
+
+
+def test_out_overlaps_a_parameter(engine: Engine) -> None:
+    drawn = draw(Case((2, 32, 6, 5), 4, layout="NHWC"))
+    bias = drawn.x[0, 0, 0]
+    want = engine.group_norm(drawn.x.copy(), 4, bias=bias.copy(), layout="NHWC")
+    got = engine.group_norm(drawn.x, 4, bias=bias, layout="NHWC", out=drawn.x)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@layouts
 def test_out_with_statistics_and_mask(engine: Engine, layout: str) -> None:
     drawn = draw(Case(SHAPE, 3, layout=layout, mask=True, residual=True))
     check_forward(engine, drawn, out=np.full_like(drawn.x, np.nan))

@@ -209,6 +209,18 @@ def test_a_new_block_takes_the_place_of_free_ones() -> None:
     gn.empty_cache()
 
 
+def test_the_usual_allocator_is_asked_where_the_system_maps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(size: int) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    gn.empty_cache()
+    monkeypatch.setattr(buffers, "_new_block", refuse)
+    x = draw((2 * LARGE[0], *LARGE[1:]))
+    y = gn.group_norm(x, 8)
+    assert not isinstance(y.base, buffers._Lease)
+    assert (buffers._largest, buffers._held) == (0, 0)
+
+
 def test_two_outputs_of_the_largest_size_are_held_and_no_more() -> None:
     """In training every output stays: those after the second come from the usual allocator."""
     x = draw((2 * LARGE[0], *LARGE[1:]))

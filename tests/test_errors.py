@@ -27,6 +27,13 @@ def read_only(array: Any) -> Any:
     return array
 
 
+def test_options_may_be_arrays_of_one_number() -> None:
+    """As files give them back; they cannot be keys of a dictionary."""
+    want = gn.group_norm(X, 2, eps=1e-3)
+    for _ in range(2):
+        assert np.array_equal(gn.group_norm(X, np.array(2), eps=np.array(1e-3)), want)
+
+
 # What is wrong: arguments of group_norm -> the error, and words that its message must have (got, expected, remedy).
 WRONG: dict[str, tuple[dict[str, Any], type, list[str]]] = {
     # num_groups
@@ -50,6 +57,7 @@ WRONG: dict[str, tuple[dict[str, Any], type, list[str]]] = {
     "x is complex": ({"x": X.astype(np.complex64)}, gn.DtypeError, ["x", "complex64"]),
     "x is bool": ({"x": X > 0}, gn.DtypeError, ["x", "bool"]),
     "x is objects": ({"x": X.astype(object)}, gn.DtypeError, ["x", "object"]),
+    "x is masked": ({"x": np.ma.masked_array(X)}, gn.DtypeError, ["x", "masked", "mask="]),
     "x is text": ({"x": "abc"}, gn.DtypeError, ["x"]),
     "x is a ragged list": ({"x": [[1.0], [1.0, 2.0]]}, gn.DtypeError, ["x", "list"]),
     "x is a mixed list": ({"x": [[1.0, "a"]]}, gn.DtypeError, ["x"]),
@@ -287,3 +295,9 @@ def test_the_tree() -> None:
 def test_wrong_number_of_arguments(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(TypeError):
         gn.group_norm(*arguments)
+
+
+def test_the_specification_refuses_what_it_does_not_define() -> None:
+    for wrong in ({"num_groups": 3}, {"num_groups": 0}, {"num_groups": 16}, {"num_groups": 2, "layout": "CHWN"}):
+        with pytest.raises(ValueError, match="must"):
+            gn.reference.group_norm(X, **wrong)

@@ -71,6 +71,7 @@ BAD = {
     "bool.npy": (npy_header(GOOD.replace("50", "True")), "shape"),
     "rank.npy": (npy_header(GOOD.replace("50", ", ".join("1" * 40))), "shape"),
     "astronomic.npy": (npy_header(GOOD.replace("50", "9" * 40)), "is cut off"),
+    "empty_astronomic.npy": (npy_header(GOOD.replace("50", "0, " + "9" * 40)), "no memory holds"),
     "order.npy": (npy_header(GOOD.replace("False", "2")), "fortran_order"),
     "pickled.npy": (npy_bytes(np.array([[{}, []]], object)), "never loaded"),
     "pickled.npz": (npz_bytes(np.array([[{}, []]], object)), "never loaded"),
@@ -189,6 +190,20 @@ def test_wrong_arguments(tmp_path):
 def save_folder(path):
     path.mkdir()
     return path
+
+
+def test_other_arrays_of_an_archive_are_not_lost(tmp_path):
+    np.save(tmp_path / "x.npy", X)
+    np.savez(tmp_path / "a.npz", weight=X, y=X)
+    safetensors.numpy.save_file({"weight": X}, tmp_path / "a.safetensors")
+    x, y = tmp_path / "x.npy", tmp_path / "y.npy"
+    refused(gn.FileError, "holds other arrays, which would be lost: weight", tmp_path, x, f"{tmp_path}/a.npz:y", 2)
+    refused(gn.FileError, "would be lost: weight", tmp_path, x, f"{tmp_path}/a.safetensors:y", 2)
+    refused(gn.FileError, "would be lost: weight, y", tmp_path, x, y, 2, stats=tmp_path / "a.npz")
+    group_norm_file(x, f"{tmp_path}/b.npz:y", 2, stats=tmp_path / "s.npz")
+    group_norm_file(x, f"{tmp_path}/b.npz:y", 2, stats=tmp_path / "s.npz")  # the same once more
+    with np.load(tmp_path / "s.npz") as stats:
+        assert set(stats) == {"mean", "rstd"}
 
 
 @pytest.mark.parametrize("how", ["itself", "symlink", "hardlink", "folder", "dots"])

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import groupnorm as gn
+from groupnorm._core.machine import describe
 from groupnorm._core.traffic import least_traffic
 from groupnorm.analysis import figures as figures_module
 from groupnorm.analysis.devices import DEVICES, STORAGE
@@ -49,7 +50,11 @@ def test_least_bytes_as_literals():
     assert backward.written == x + 2 * 64 * 4
     half = least_traffic(2, 64, 100, 8, "bfloat16", "forward", residual=True, scale_shift=True)
     assert half.read == x + 2 * 64 * 2 + 2 * 2 * 64 * 2  # x and residual at half the size, parameters
-    assert half.saved == x + 2 * 64 * 2 + 2 * 2 * 64 * 2 + 2 * 16 * 4  # statistics stay float32
+    assert half.saved == x // 2 + 2 * 64 * 2 + 2 * 2 * 64 * 2 + 2 * 16 * 4  # statistics stay float32; z is not needed
+    plain = least_traffic(2, 64, 100, 8, "float32", "backward", affine=False, residual=True)
+    assert (plain.read, plain.written) == (2 * x + 2 * 16 * 4, x)  # the residual's gradient is dy
+    fused = least_traffic(2, 64, 100, 8, "float32", "backward", affine=False, residual=True, activation="silu")
+    assert (fused.read, fused.written) == (3 * x + 2 * 16 * 4, 2 * x)
 
 
 def test_flops_and_operations_as_literals():
@@ -110,6 +115,20 @@ def test_limits_on_a_plain_machine(monkeypatch):
     assert found.predicted_s > found.time_s
     at = found.launch_elements * moved / 800
     assert 1000 / 100e9 + (at - 1000) / 20e9 == pytest.approx(1e-6, rel=0.01)
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "gelu"])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_launch_binds_up_to_the_elements_that_are_named(monkeypatch, activation, threads):
+    monkeypatch.setattr("groupnorm.analysis.roofline.get_num_threads", lambda: threads)
+    limit = gn.roofline((1, 8, 100), 2, affine=False, activation=activation).launch_elements
+    below, above = (gn.roofline((1, 1, n), 1, affine=False, activation=activation) for n in (limit - 64, limit + 64))
+    assert (below.bound == "launch") != (above.bound == "launch")
+
+
+def test_threads_between_the_measured_ones_have_a_bound_they_keep():
+    assert [speeds.threads for speeds in PLAIN.speeds] == [1, 4]
+    assert [PLAIN.for_threads(n).threads for n in (1, 2, 3, 4, 5)] == [1, 4, 4, 4, 4]
 
 
 def test_data_that_streams_is_bound_by_its_device():
@@ -239,8 +258,14 @@ def test_figures_that_nobody_can_keep_are_still_given(monkeypatch, tmp_path):
 def test_measured_figures_make_sense():
     from groupnorm.analysis.measure import measure_figures
 
-    found = measure_figures()
+    before = gn.get_num_threads()
+    try:
+        gn.set_num_threads(1)  # figures are kept for other processes, which may use more
+        found = measure_figures()
+    finally:
+        gn.set_num_threads(before)
     assert found.kind == "cpu"
+    assert found.speeds[-1].threads == describe().logical_cpus
     assert 1e-7 < found.launch_s < 1e-3
     assert [speeds.threads for speeds in found.speeds][:1] == [1]
     for speeds in found.speeds:

@@ -4,6 +4,7 @@ A call is recognised by everything about it but its data (shapes, strides, dtype
 once is kept, so a repeated call costs one dictionary look-up before the kernel.
 """
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -56,12 +57,16 @@ def group_norm(
             checked[name] for name in ("x", "weight", "bias", "scale", "shift", "residual", "mask")
         )
     engine, plan, call = known
-    y = call.empty() if out is None else call.target(out, x, residual)
+    if out is not None and not call.takes(out, (x, residual), (weight, bias, scale, shift, mask)):
+        y, mean, rstd = group_norm(
+            x, num_groups, weight, bias, eps=eps, layout=layout, activation=activation, scale=scale, shift=shift,
+            residual=residual, mask=mask, uneven=uneven, return_stats=True, impl=impl,
+        )  # fmt: skip
+        np.copyto(out, y)
+        return (out, mean, rstd) if return_stats else out
+    y = call.empty() if out is None else out
     mean, rstd = call.empty_stats() if return_stats else (None, None)
     engine.forward(plan, x, y, weight, bias, scale, shift, residual, mask, mean, rstd, None)
-    if out is not None and y is not out:
-        np.copyto(out, y)
-        y = out
     return (y, mean, rstd) if return_stats else y
 
 
@@ -169,12 +174,16 @@ def normalize(
     engine, plan, call = known
     if m.mean.shape[0] != call.problem.N:
         raise ShapeError(f"m must have one row for each sample: got {m.mean.shape[0]} rows, {call.problem.N} samples")
-    y = call.empty() if out is None else call.target(out, x, residual)
+    if out is not None and not call.takes(out, (x, residual), (weight, bias, scale, shift)):
+        y = normalize(
+            x, m, weight, bias, eps=eps, layout=layout, activation=activation, scale=scale, shift=shift,
+            residual=residual, uneven=uneven,
+        )  # fmt: skip
+        np.copyto(out, y)
+        return out
+    y = call.empty() if out is None else out
     statistics = np.stack((m.count, m.mean, m.m2), 2)
     engine.forward(plan, x, y, weight, bias, scale, shift, residual, None, None, None, statistics)
-    if out is not None and y is not out:
-        np.copyto(out, y)
-        y = out
     return y
 
 
@@ -182,13 +191,17 @@ def _empty_like(parameter: Array | None) -> Array | None:
     return None if parameter is None else np.empty(parameter.shape, parameter.dtype)
 
 
+class _Unknown:
+    """The form of what is no plain array: equal to no other, so that such a call is never recognised."""
+
+
 def _form(array: Array) -> Any:
-    """Everything about an array but its data; something new for what is no plain array: that is never recognised."""
+    """Everything about an array but its data."""
     if array is None:
         return None
     if array.__class__ is np.ndarray:
         return array.shape, array.strides, array.dtype
-    return object()
+    return _Unknown()
 
 
 def _recall(key: Any) -> tuple[Any, Any, Call] | None:
@@ -204,8 +217,9 @@ def _learn(key: Any, options: Options, arrays: dict[str, Any], impl: str | None)
     """
     call, given = prepare(options, arrays)
     known = (*choose(call.problem, impl, get_num_threads()), call)
-    if all(given[name] is arrays[name] for name in given):
+    if all(given[name] is arrays[name] for name in given) and not any(part.__class__ is _Unknown for part in key):
         if len(_calls) >= _CALLS_KEPT:
             _calls.clear()
-        _calls[key] = known
+        with contextlib.suppress(TypeError):  # an option that is right but cannot be hashed: eps as an array
+            _calls[key] = known
     return known, given

@@ -165,10 +165,14 @@ class _Values:
         self, x: Array, num_groups: int, weight: Array, bias: Array, eps: float, layout: str, scale: Array, shift:
         Array, residual: Array, mask: Array, uneven: bool, mean: Array, rstd: Array,
     ) -> None:  # fmt: skip
+        if layout not in ("NCHW", "NC", "NCL", "NCDHW", "NHWC", "NLC", "NDHWC"):
+            raise ValueError(f"layout must be one of NCHW, NC, NCL, NCDHW, NHWC, NLC, NDHWC: got {layout!r}")
         self.axis = x.ndim - 1 if layout in ("NHWC", "NLC", "NDHWC") else 1
         self.shape = np.moveaxis(x, self.axis, 1).shape
         v = self.cube(x)
         n, c, s = v.shape
+        if not 1 <= num_groups <= c or (c % num_groups and not uneven):
+            raise ValueError(f"num_groups must divide the {c} channels, or be uneven: got {num_groups}")
         d = c // num_groups
         last = c if uneven else num_groups * d
         self.groups = [slice(g * d, last if g == num_groups - 1 else (g + 1) * d) for g in range(num_groups)]

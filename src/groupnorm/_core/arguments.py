@@ -50,25 +50,21 @@ class Call:
         shape = (self.problem.N, self.problem.G)
         return np.empty(shape, self.stats_dtype), np.empty(shape, self.stats_dtype)
 
-    def target(self, out: Array, x: Array, residual: Array) -> Array:
-        """`out` itself where an engine can fill it, else a new array that the caller copies into it.
-
-        A new array is needed when out cannot be walked like x, or when it shares memory with an input in any other way
-        than being the very same elements.
+    def takes(self, out: Array, like_x: tuple[Array, ...], others: tuple[Array, ...]) -> bool:
+        """Whether an engine can write y into `out` at once: where out can be walked like x, and shares memory with an
+        input only by being the very same elements of x or the residual (`like_x`). Where not, y is computed apart and
+        copied. Raises ShapeError for a read-only array.
         """
         if not out.flags.writeable:
             raise ShapeError("out must be writeable: got a read-only array; pass a copy, or leave out away")
         if not self.fills_out:
-            return self.empty()
-        for array in (x, residual):
+            return False
+        for array in like_x:
             if array is not None and array is not out and np.may_share_memory(array, out):
-                same = (
-                    array.strides == out.strides
-                    and array.__array_interface__["data"] == out.__array_interface__["data"]
-                )
-                if not same:
-                    return self.empty()
-        return out
+                place = array.__array_interface__["data"][0] == out.__array_interface__["data"][0]
+                if not (place and array.strides == out.strides):
+                    return False
+        return not any(array is not None and np.may_share_memory(array, out) for array in others)
 
 
 def prepare(options: Options, arrays: dict[str, Array]) -> tuple[Call, dict[str, Array]]:
@@ -153,6 +149,9 @@ def _floats(name: str, value: Any) -> Array:
     """value as a plain array of one of our types; the same object if it is one already."""
     if value is None:
         raise DtypeError(f"{name} must be an array: got None")
+    if isinstance(value, np.ma.MaskedArray):
+        raise DtypeError(f"{name} must be a plain array: got a masked one, whose mask would be lost; pass {name}.data, "
+                         "and for x mask=, True where a position is real")  # fmt: skip
     if hasattr(value, "__cuda_array_interface__"):
         raise DtypeError(f"{name} must be an array in host memory: got {type(value).__name__} in GPU memory; use "
                          "groupnorm.cuda, or groupnorm.torch for tensors")  # fmt: skip

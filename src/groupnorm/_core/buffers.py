@@ -81,7 +81,7 @@ def lend(size: int) -> Any:
     global _largest, _held
     room = -(-size // _PAGE) * _PAGE
     with _lock:
-        _largest = max(_largest, room)
+        before, _largest = _largest, max(_largest, room)
         _take_in()
         fitting = [i for i, span in enumerate(_free) if span.size >= room]
         if fitting:
@@ -94,7 +94,11 @@ def lend(size: int) -> Any:
             if excess > sum(span.size for span in _free if span.is_whole):
                 return None
             _drop(max(excess, room))
-            span = _Span(_new_block(room), 0, room)
+            try:
+                span = _Span(_new_block(room), 0, room)
+            except OSError:  # the system has no more: the usual allocator is asked, and says so
+                _largest = before
+                return None
             _held += room
     # The lease stands right on the mapping: over an array NumPy would look through it and keep that array as the base.
     lease = _Lease((size,), np.uint8, buffer=span.block, offset=span.start)

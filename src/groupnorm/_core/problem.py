@@ -5,6 +5,7 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
+from groupnorm._core.group_counts import divisors
 from groupnorm._core.layout import Walk
 from groupnorm.errors import OptionError, ShapeError
 
@@ -78,8 +79,8 @@ def check_num_groups(num_groups: Any, channels: int, uneven: bool | None) -> int
         raise ShapeError(f"num_groups must not exceed the channels: got {groups} groups, {channels} channels; "
                          f"use at most {channels}")  # fmt: skip
     if channels % groups and not uneven:
-        divisors = [d for d in range(1, channels + 1) if channels % d == 0]
-        below, above = max(d for d in divisors if d < groups), min(d for d in divisors if d > groups)
+        fitting = divisors(channels)
+        below, above = max(d for d in fitting if d < groups), min(d for d in fitting if d > groups)
         raise ShapeError(f"num_groups must divide channels: got {groups} groups, {channels} channels; "
                          f"try {below} or {above}{'' if uneven is None else ', or uneven=True'}")  # fmt: skip
     return groups

@@ -22,21 +22,23 @@ class Traffic(NamedTuple):
 
 def least_traffic(
     N: int, C: int, S: int, G: int, dtype: str, direction: str, *, affine: bool = True, scale_shift: bool = False,
-    residual: bool = False,
+    residual: bool = False, activation: str | None = None,
 ) -> Traffic:  # fmt: skip
-    """The least traffic of one call, whatever the layout and the activation, which is computed and stored nowhere.
+    """The least traffic of one call, whatever the layout. An activation is computed and stored nowhere.
 
     direction: "forward" reads x and writes y; "backward" reads x, dy, mean and rstd and writes dx and the gradients of
     the parameters. affine: weight and bias, (C,), in x's dtype; scale_shift: scale and shift, (N, C); residual: an
-    array like x, whose gradient is dz and written too. Saved for backward are x, the parameters, and mean and rstd
-    (with a residual that too: the activation is computed again from it).
+    array like x, whose gradient is dz and written too; without an activation it is not read for that, and dz is dy.
+    Saved for backward are x, the parameters, and mean and rstd (with a residual and an activation the residual too: the
+    activation is computed again from it).
     """
     item = ITEM_BYTES[dtype]
     x = N * C * S * item
     parameters = (2 * C if affine else 0) * item + (2 * N * C if scale_shift else 0) * item
     statistics = 2 * N * G * (8 if dtype == "float64" else 4)
     extra = x if residual else 0
-    saved = x + parameters + statistics + extra
+    again = extra if activation is not None else 0
+    saved = x + parameters + statistics + again
     if direction == "forward":
         return Traffic(x + parameters + extra, x, saved)
-    return Traffic(2 * x + parameters + statistics + extra, x + parameters + extra, saved)
+    return Traffic(2 * x + parameters + statistics + again, x + parameters + again, saved)

@@ -141,7 +141,7 @@ def advise(
     last = not layout.startswith("NC")
     shape = (batch, *sizes, channels) if last else (batch, channels, *sizes)
     tried = [_Tried(groups, roofline(shape, groups, dtype=dtype, layout="NHWC" if last else "NCHW", machine=machine))
-             for groups in _candidates(channels)]  # fmt: skip
+             for groups in _candidates(channels, task)]  # fmt: skip
     fastest_s = min(one.time_s for one in tried)
     layer = _Layer(channels, sizes, task, ITEM_BYTES[dtype], last)
     choices = sorted((_choice(layer, one, fastest_s) for one in tried), key=_order)
@@ -259,10 +259,13 @@ def _order(choice: Choice) -> tuple[float, float]:
     return choice.score, abs(math.log2(choice.num_groups / 32))
 
 
-def _candidates(channels: int) -> list[int]:
+def _candidates(channels: int, task: str | None) -> list[int]:
+    """1, all, what was published for the task, and the divisors nearest to 32."""
     found = divisors(channels)
-    nearest = sorted(found[1:-1], key=lambda d: abs(math.log2(d / 32)))[: MAX_CHOICES - 2]
-    return sorted({1, channels, *nearest})
+    published = set() if task is None else {CONFIGURATIONS[task].groups(channels)} & set(found)
+    kept = {1, channels, *published}
+    nearest = sorted((d for d in found if d not in kept), key=lambda d: abs(math.log2(d / 32)))
+    return sorted(kept | set(nearest[: MAX_CHOICES - len(kept)]))
 
 
 def _whole(name: str, value: Any, largest: int) -> int:

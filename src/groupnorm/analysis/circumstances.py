@@ -87,7 +87,8 @@ def instead(channels: int, positions: int, batch: int, task: str | None) -> tupl
     elif len(divisors(channels)) == 2:
         said.append(
             f"{channels} channels are prime: only 1 group (LayerNorm) and {channels} (InstanceNorm) are of one size. "
-            f"Take {channels + 1} or another number of channels with more divisors, or uneven=True"
+            f"Take {4 if channels == 2 else channels + 1} or another number of channels with more divisors, or "
+            "uneven=True"
         )
     elif channels < _FEW_CHANNELS:
         said.append(

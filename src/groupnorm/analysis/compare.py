@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from groupnorm._core.group_counts import divisors
 from groupnorm._core.problem import check_eps, check_num_groups
 from groupnorm.errors import DtypeError, GroupNormError, ShapeError
 from groupnorm.numpy import group_norm
@@ -57,7 +58,7 @@ class Kind:
 
 def nearest_groups(channels: int, wanted: int = 32) -> int:
     """The number of groups nearest to `wanted` that divides the channels; the smaller of two."""
-    return min((d for d in range(1, channels + 1) if channels % d == 0), key=lambda d: (abs(d - wanted), d))
+    return min(divisors(channels), key=lambda d: (abs(d - wanted), d))
 
 
 def check_features(x: Array) -> Array:

@@ -57,9 +57,11 @@ class MachineFigures:
     notes: str = ""
 
     def for_threads(self, num_threads: int) -> Speeds:
-        """The speeds of the largest measured number of threads that is not above `num_threads`."""
-        fitting = [speeds for speeds in self.speeds if speeds.threads <= num_threads]
-        return max(fitting or self.speeds[:1], key=lambda speeds: speeds.threads)
+        """The speeds of the smallest measured number of threads that is not below `num_threads`, which so many threads
+        cannot beat; of the largest where none is.
+        """
+        fitting = [speeds for speeds in self.speeds if speeds.threads >= num_threads]
+        return min(fitting, key=lambda speeds: speeds.threads) if fitting else self.speeds[-1]
 
 
 def figures_of(machine: str | Path | MachineFigures | None, *, measure_anew: bool = False) -> MachineFigures:

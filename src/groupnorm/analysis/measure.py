@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from groupnorm._core.machine import CACHES, describe
-from groupnorm._core.threads import get_num_threads
 from groupnorm.analysis.figures import Level, MachineFigures, Speeds
 
 __all__ = ["measure_figures"]
@@ -26,7 +25,8 @@ _LINE = 64  # bytes: streamed stores need the beginning of a cache line
 
 
 def measure_figures() -> MachineFigures:
-    """The figures of this machine, for 1, 2, 4, ... threads and all that `get_num_threads` allows.
+    """The figures of this machine, for 1, 2, 4, ... threads and all CPUs that the process may use, whatever the number
+    of threads is set to: they are kept for later processes.
 
     Takes one second on two cores and five on a hundred, and two more the first time ever (the loops are compiled), and
     three arrays of four times the L3 cache, 512 MB each at most.
@@ -34,7 +34,7 @@ def measure_figures() -> MachineFigures:
     from groupnorm._engines.cpu.peaks import ISSUE, MULTIPLY, STEP, vector_lanes
 
     here = describe()
-    threads, counts = get_num_threads(), [1]
+    threads, counts = here.logical_cpus, [1]
     while counts[-1] < threads:
         counts.append(min(2 * counts[-1], threads))
     memory = min(max(4 * CACHES.l3, 1 << 27), _LARGEST)

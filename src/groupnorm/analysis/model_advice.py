@@ -153,7 +153,7 @@ class _Answers:
     def layer(self, layer: Layer) -> LayerAdvice:
         channels = layer.channels or 1
         warnings = list(self._eps_warnings(layer))
-        shape = self._shape(layer)
+        shape = self._shape(layer, layer.shape)
         if shape is None:
             advised: int | None = usual_groups(channels, 1 if layer.kind == "BatchNorm1d" else None)  # as convert does
             D = channels // (layer.groups or advised or 1)
@@ -166,9 +166,7 @@ class _Answers:
         best = advice[0]
         groups = layer.groups or best.num_groups
         choice = next((choice for choice in advice if choice.num_groups == groups), None)
-        layout = "NHWC" if layer.channels_last else "NCHW"
-        walked = (shape[0], *shape[2:], channels) if layer.channels_last else shape
-        roof = roofline(walked, groups, dtype=dtype, layout=layout, machine=self.machine)
+        predicted_s, bound_s = self._times(layer, groups, dtype)
         D, M = channels // groups, advice.elements(groups)
         if choice is not None:
             warnings += choice.warnings
@@ -178,21 +176,31 @@ class _Answers:
                 )
         if M > 1:
             warnings += _named(layer)
-        calls = max(1, layer.calls)
         return LayerAdvice(
-            layer.name, layer.kind, channels, shape, layer.calls, layer.groups, advice.num_groups, D, M,
-            None if roof.predicted_s is None else roof.predicted_s * calls, roof.time_s * calls, layer.after,
-            tuple(warnings),
+            layer.name, layer.kind, channels, shape, layer.calls, layer.groups, advice.num_groups, D, M, predicted_s,
+            bound_s, layer.after, tuple(warnings),
         )  # fmt: skip
 
-    def _shape(self, layer: Layer) -> tuple[int, ...] | None:
-        """The layer's shape with the batch that was asked for; None if it was not seen, or is empty."""
-        if layer.shape is None or math.prod(layer.shape) == 0 or layer.shape[1] != layer.channels:
+    def _times(self, layer: Layer, groups: int, dtype: str) -> tuple[float | None, float]:
+        """Predicted seconds of all calls of a layer, where there is a prediction, and their bound."""
+        roofs = []
+        for seen, calls in layer.shapes.items():
+            shape = self._shape(layer, seen)
+            if shape is not None:
+                walked = (shape[0], *shape[2:], shape[1]) if layer.channels_last else shape
+                layout = "NHWC" if layer.channels_last else "NCHW"
+                roofs += [roofline(walked, groups, dtype=dtype, layout=layout, machine=self.machine)] * calls
+        predicted = [roof.predicted_s for roof in roofs if roof.predicted_s is not None]
+        return sum(predicted) if len(predicted) == len(roofs) else None, sum(roof.time_s for roof in roofs)
+
+    def _shape(self, layer: Layer, shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """A shape of the layer with the batch that was asked for; None if it was not seen, or is empty."""
+        if shape is None or math.prod(shape) == 0 or shape[1] != layer.channels:
             return None
-        N = layer.shape[0]
+        N = shape[0]
         if self.batch is not None and self.given:
             N = max(1, N * self.batch // self.given)
-        return (N, *layer.shape[1:])
+        return (N, *shape[1:])
 
     def _eps_warnings(self, layer: Layer) -> Iterator[str]:
         if layer.eps is not None and layer.eps != self.usual_eps:

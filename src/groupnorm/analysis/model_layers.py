@@ -1,7 +1,9 @@
 """The norms and convolutions of a PyTorch model, and the shapes that a forward gives them."""
 
+import math
 import re
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,9 +25,10 @@ class Layer:
     """A norm or a convolution. `family`: "BN", "frozen BN", "GN", "IN", "LN" or "conv"; `kind`: its class.
 
     `channels` are those of its output, None as long as a lazy module has none. `groups`: of a GN or IN as it is.
-    `shape`: (N, C, *spatial) of what was normalized, or of what a convolution gave, None without a forward; `calls`:
-    how often that happened in it. `after`: the convolution whose output a norm was given. `feeds_norm`: the same for a
-    convolution. `ends_block`: the last norm among the children of what looks like a residual block, by its name.
+    `shape`: (N, C, *spatial) of what was normalized, or of what a convolution gave, the one of fewest elements a sample
+    where there were several; None without a forward. `calls`: how often that happened in it, `shapes`: with which
+    shapes. `after`: the convolution whose output a norm was given. `feeds_norm`: the same for a convolution.
+    `ends_block`: the last norm among the children of what looks like a residual block, by its name.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Layer:
     dtype: str = "float32"
     channels_last: bool = False
     calls: int = 0
+    shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)
     after: str | None = None
     feeds_norm: bool = False
     ends_block: bool = False
@@ -177,13 +181,16 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _see(torch: Any, layer: Layer, x: Tensor) -> None:
-    """Remember the shape of the first call, and count them all."""
+    """Remember the shapes of calls, and count them."""
     layer.calls += 1
-    if layer.shape is not None or x.dim() < 2:
+    if x.dim() < 2:
         return
     rank = next((int(digit) for digit in re.findall(r"([123])d", type(layer.module).__name__)), None)
     single = layer.family in {"IN", "conv"} and rank is not None and x.dim() == rank + 1  # a sample without its batch
-    layer.shape = (1, *x.shape) if single else tuple(x.shape)
+    shape = (1, *x.shape) if single else tuple(x.shape)
+    layer.shapes[shape] += 1
+    if layer.shape is None or math.prod(shape[1:]) < math.prod(layer.shape[1:]):
+        layer.shape = shape
     layer.dtype = str(x.dtype).removeprefix("torch.")
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     layer.channels_last = (x.dim() in formats and not x.is_contiguous()

@@ -47,7 +47,7 @@ _ACTIVATIONS = {
     "relu": (_Activation(1, 2, 0, 1), _Activation(1, 5, 0, 2)),
     "silu": (_Activation(4, 9, 1, 5), _Activation(7, 13, 1, 9)),
     "gelu": (_Activation(5, 23, 1, 16), _Activation(11, 41, 2, 24)),
-    "gelu_tanh": (_Activation(8, 14, 1, 9), _Activation(16, 26, 1, 16)),
+    "gelu_tanh": (_Activation(8, 12, 1, 9), _Activation(16, 23, 1, 16)),
     "sigmoid": (_Activation(3, 12, 1, 4), _Activation(6, 15, 1, 7)),
     "tanh": (_Activation(1, 26, 1, 5), _Activation(4, 29, 1, 7)),
     "hardswish": (_Activation(4, 7, 0, 4), _Activation(4, 6, 0, 5)),

@@ -1,7 +1,8 @@
 """What bounds a call of the operator, and how long it takes at least.
 
-A *bound* is a time that nobody can beat: the least bytes at the fastest that this memory was ever seen to move bytes,
-the least arithmetic at the peak of the arithmetic units, and so on; the longest of them binds. Source of the idea:
+A *bound* is a time that is not beaten: by nobody, the least bytes at the fastest that this memory was ever seen to move
+bytes, and the least arithmetic at the peak of the arithmetic units; by no call of this engine, its own instructions and
+its shortest call. The longest of them binds. Source of the idea:
 Williams, Waterman and Patterson, Roofline: an insightful visual performance model for multicore architectures, CACM
 2009.
 """
@@ -146,8 +147,10 @@ def roofline(
         raise OptionError(f"direction must be forward or backward: got {direction!r}")
     device = _device_bytes_per_s(storage)
     figures = figures_of(machine)
-    speeds = figures.for_threads(get_num_threads() if machine is None else figures.speeds[-1].threads)
-    traffic = least_traffic(N, C, S, G, dtype, direction, affine=affine, scale_shift=scale_shift, residual=residual)
+    threads = get_num_threads() if machine is None else figures.speeds[-1].threads
+    speeds = figures.for_threads(threads)
+    traffic = least_traffic(N, C, S, G, dtype, direction, affine=affine, scale_shift=scale_shift, residual=residual,
+                            activation=activation)  # fmt: skip
     elements = N * C * S
     flops = elements * flops_per_element(direction, activation)
     counted = _instructions(elements, direction, activation, dtype, figures)
@@ -170,10 +173,13 @@ def roofline(
         )  # fmt: skip
     return Roofline(
         shape=sizes, num_groups=G, dtype=dtype, layout=layout, direction=direction, activation=activation,
-        machine=figures, threads=speeds.threads, bytes_read=traffic.read, bytes_written=traffic.written,
+        machine=figures, threads=threads, bytes_read=traffic.read, bytes_written=traffic.written,
         bytes_saved=traffic.saved, flops=flops, instructions=counted, times_s=times, predicted_s=predicted,
         ridge=speeds.flops_per_s[lane] / memory,
-        launch_elements=_launch_elements(traffic.moved / elements, speeds, figures.launch_s),
+        launch_elements=_launch_elements(
+            traffic.moved / elements, max(times["arithmetic"], times["instructions"]) / elements, speeds,
+            figures.launch_s,
+        ),
     )  # fmt: skip
 
 
@@ -220,9 +226,11 @@ def _instructions(
     return found
 
 
-def _launch_elements(bytes_each: float, speeds: Speeds, launch_s: float) -> int:
-    """Elements of x whose bytes move in the time of a launch, at the speed of the cache that holds them."""
-    low, high = 0, 1 << 40
+def _launch_elements(bytes_each: float, seconds_each: float, speeds: Speeds, launch_s: float) -> int:
+    """Elements of x whose bytes move in the time of a launch, at the speed of the cache that holds them, and that are
+    computed in it.
+    """
+    low, high = 0, min(1 << 40, int(launch_s / seconds_each) + 1)
     while high - low > 1:
         middle = (low + high) // 2
         if sum(move_s(middle * bytes_each, middle * bytes_each, speeds.levels, "best")) < launch_s:

@@ -10,6 +10,7 @@ mean and a co-moment, and those merge exactly, as `groupnorm.Moments` do: the st
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -185,7 +186,7 @@ def transfer(
             f"{style.mean.shape[1]}; use the same features for both"
         )
     mixed: Any = strength
-    if not isinstance(mixed, int | float) or not 0 <= strength <= 1:
+    if not isinstance(mixed, Real) or not 0 <= strength <= 1:
         raise OptionError(f"strength must be between 0 (content) and 1 (style): got {strength!r}")
     target = style.regrouped(groups)
     each = channels // target.num_groups

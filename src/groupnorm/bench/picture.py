@@ -1,8 +1,7 @@
 """The picture of the demonstration: photograph, feature maps before and after, statistics of every group, times."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,10 +16,10 @@ _OURS, _OTHERS, _COPY, _INK = "#1f6feb", "#d97706", "#9aa4af", "#24292f"
 
 
 def draw(
-    path: Path, photo: Array, pictures: Array, before: Array, after: Array, times: Mapping[str, Mapping[str, float]],
-    num_groups: int, caption: str,
+    file: BinaryIO, photo: Array, pictures: Array, before: Array, after: Array,
+    times: Mapping[str, Mapping[str, float]], num_groups: int, caption: str,
 ) -> None:  # fmt: skip
-    """Write the picture to `path`.
+    """Write the picture to a file, as PNG.
 
     photo: (H, W, 3). pictures: (N, h, w, 3), the crops. before, after: (N, C, h, w), without affine and activation.
     times: group of bars -> contestant -> seconds.
@@ -60,7 +59,7 @@ def draw(
         )
         _statistics(figure.add_subplot(lower[0]), figure.add_subplot(lower[1]), before, after, num_groups)
         _times(figure.add_subplot(lower[2]), times)
-        figure.savefig(path, metadata={"Software": "groupnorm"})
+        figure.savefig(file, format="png", metadata={"Software": "groupnorm"})
 
 
 def _photograph(axes: Any, photo: Array, side: int) -> None:

@@ -35,18 +35,24 @@ class IgnoredArgumentWarning(UserWarning):
 
 
 def create_operator(
-    type: str, inputs: Sequence[str], outputs: Sequence[str], *, name: str = "", **arguments: Any
-) -> Any:
+    type: str, inputs: Sequence[str], outputs: Sequence[str], *, name: str = "", control_input: Sequence[str] = (),
+    device_option: Any = None, engine: str = "", debug_info: str = "", **arguments: Any,
+) -> Any:  # fmt: skip
     """An OperatorDef of the type, between blobs of these names (a string is one name), with these arguments.
 
-    An argument may be an int or bool, a float, a str or bytes, or a list of these. Raises DtypeError for anything else.
-    Source: the convention of Caffe2's core.CreateOperator.
+    An argument may be an int or bool, a float, a str or bytes, or a list of these. control_input, device_option (a
+    DeviceOption), engine and debug_info are fields of the definition. Raises DtypeError for anything else. Source: the
+    convention of Caffe2's core.CreateOperator.
     """
-    inputs, outputs = (_names(names) for names in (inputs, outputs))
-    strings: list[Any] = [type, name]
-    if not all(isinstance(text, str) for text in strings):
-        raise DtypeError(f"type and name must be strings: got {type!r} and {name!r}")
-    op = message_class("OperatorDef")(type=type, name=name, input=inputs, output=outputs)
+    inputs, outputs, control_input = (_names(names) for names in (inputs, outputs, control_input or ()))
+    texts: dict[str, Any] = {"type": type, "name": name, "engine": engine or "", "debug_info": debug_info or ""}
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise DtypeError(f"{key} must be a string: got {text!r}")
+    given = {key: text for key, text in texts.items() if text or key in ("type", "name")}
+    op = message_class("OperatorDef")(input=inputs, output=outputs, control_input=control_input, **given)
+    if device_option is not None:
+        op.device_option.CopyFrom(as_message("DeviceOption", device_option))
     for key, value in arguments.items():
         values = list(value) if isinstance(value, list | tuple) else [value]
         kind = next((k for k, (types, _) in _HELD.items() if all(isinstance(v, types) for v in values)), None)

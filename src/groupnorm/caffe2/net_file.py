@@ -86,7 +86,10 @@ def _parse_text(name: str, data: bytes) -> Any:
         line = error.GetLine()
         place = "" if line is None else f"line {line}: "
         reason = " ".join(str(error).split()).removeprefix(f"{line}:{error.GetColumn()} : ")
-        raise FileError(f"{name}: {place}cannot be read as the text of a NetDef ({reason})") from error
+        raise FileError(
+            f"{name}: {place}cannot be read as the text of a NetDef ({reason}); if the field is one of another version "
+            "of Caffe2, save the net as .pb, where unknown fields are passed over"
+        ) from error
 
 
 def _parse_binary(name: str, data: bytes) -> Any:

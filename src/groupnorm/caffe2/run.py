@@ -59,7 +59,12 @@ def _function(op: Any) -> Callable[..., list[Array]]:
     if op.type not in ("GroupNorm", "GroupNormGradient"):
         raise OptionError("only GroupNorm, GroupNormGradient, Sum and ConstantFill run here; run the rest of the net "
                           "elsewhere, and put its results into the workspace")  # fmt: skip
-    return operator_from_definition(op)
+    operator = operator_from_definition(op)
+    written = [name for name in op.output if name]
+    if len(set(written)) < len(written) or set(written) & set(op.input):
+        raise OptionError(f"{op.type} cannot write over an input or write twice to one blob: got inputs "
+                          f"{list(op.input)}, outputs {list(op.output)}; name other outputs")  # fmt: skip
+    return operator
 
 
 def _sum(*inputs: Array) -> list[Array]:

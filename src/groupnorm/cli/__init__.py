@@ -75,6 +75,10 @@ def _exit_code(arguments: list[str] | None) -> int:
     except BrokenPipeError:  # the reader left, as `groupnorm info | head -1` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at exit
         return 0
+    except SystemExit as leaving:  # how typer and rich leave when the reader has left
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        return 0
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except GroupNormError as error:

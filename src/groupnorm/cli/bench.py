@@ -53,6 +53,11 @@ def bench(
             set_num_threads(threads)
         if not 0 < seconds <= 60:
             raise OptionError(f"--seconds must be between 0 and 60: got {seconds}")
+        if compiled and not models:
+            raise OptionError("--compiled is for whole models: give --models, too")
+        if models and (cold or rivals is not None or activations != "none,model"):
+            raise OptionError("--models measures stock and converted models: leave --cold, --rivals and --activations "
+                              "away")  # fmt: skip
         chosen: dict[str, Any] = {
             "dtypes": _choice("dtypes", dtypes, ("float32", "bfloat16", "float16", "float64")),
             "layouts": _choice("layouts", layouts, ("NCHW", "NHWC")),

@@ -53,7 +53,7 @@ def compare(
     if output is not None and N < 2:
         raise OptionError("--output draws noise against batch size, which one sample has not: give two or more")
     with _written(output) as pending, new_console(stderr=True).status("checking, timing, drawing batches"):
-        checked = features[: max(1, _CHECKED // features[0].size)]
+        checked = features[: max(2, _CHECKED // features[0].size)]  # a batch, so that a sample has others beside it
         timed = features if x or shape else features[:_TIMED]
         random = np.random.default_rng(0)
         weight, bias = (random.standard_normal(C).astype(np.float32) for _ in range(2))
@@ -109,7 +109,7 @@ def _loaded(path: str) -> Any:
             return np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error}); give a .npy file") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError) as error:  # SyntaxError: of the header
         raise FileError(f"{path}: is no .npy file of numbers ({error}); write one with numpy.save") from error
 
 

@@ -32,6 +32,8 @@ def demo(
         raise OptionError(f"--side must be between 32 and 512: got {side}")
     if not 0 < seconds <= 60:
         raise OptionError(f"--seconds must be between 0 and 60: got {seconds}")
+    if output.suffix.lower() != ".png":
+        raise FileError(f"--output must end in .png: got {output}")
     if not output.absolute().parent.is_dir():
         raise FileError(f"cannot write {output}: there is no folder {output.absolute().parent}; create it first")
     note = None
@@ -171,6 +173,7 @@ def _table(results: list[dict[str, Any]], console: Any) -> None:
 def _draw(output: Path, photo: Any, pictures: Any, maps: Any, results: list[dict[str, Any]]) -> None:
     import groupnorm as gn
     from groupnorm._core import machine
+    from groupnorm._core.atomic import commit, pending_file
     from groupnorm.bench import picture
 
     times = {f"{result['direction']} {result['layout']}": result["seconds"] for result in results}
@@ -178,4 +181,8 @@ def _draw(output: Path, photo: Any, pictures: Any, maps: Any, results: list[dict
     where = f"{gn.get_num_threads()} threads, {machine.describe().cpu}"
     filters = f"{maps.shape[1]} filters (three colour axes, two scales, six orientations)"
     caption = f"x is {size} float32 in {_GROUPS} groups: {filters} on four crops.  Times with SiLU, {where}."
-    picture.draw(output, photo, pictures, maps, gn.group_norm(maps, _GROUPS), times, _GROUPS, caption)
+    normalized = gn.group_norm(maps, _GROUPS)
+    with pending_file(output) as pending:
+        with pending.writing():
+            picture.draw(pending.file, photo, pictures, maps, normalized, times, _GROUPS, caption)
+        commit([pending])

@@ -79,7 +79,7 @@ def plan_text(
     arrays: dict[str, Any] = {"x": x, "weight": weight, "bias": weight}
     if direction == "backward":
         kind = np.dtype(np.float64 if dtype == "float64" else np.float32)
-        stats = _untouched((sizes[0], max(1, groups)), kind)
+        stats = _untouched((sizes[0], max(1, min(groups, channels))), kind)
         arrays |= {"dy": x, "mean": stats, "rstd": stats}
     call, _ = prepare(Options(direction, groups, 1e-5, layout, activation, False), arrays)
     engine, plan = choose(call.problem, impl, get_num_threads())
@@ -118,16 +118,11 @@ def _engines() -> dict[str, str]:
     from groupnorm._dispatch import ENGINES
 
     found = {}
-    for name, module in ENGINES.items():
-        if module is None:
-            found[name] = "not for NumPy arrays"
-            continue
-        missing = [needed for needed in ("numba", "llvmlite") if name == "cpu" and find_spec(needed) is None]
-        there = find_spec(module)
-        if missing:
-            found[name] = f"not available: {missing[0]} is not installed"
-        else:
-            found[name] = "available" if there is not None and there.origin else "not available: not in this version"
+    needed = {"cpu": ("numba", "llvmlite"), "gpu": ("torch", "triton")}
+    for name in ENGINES:
+        missing = [package for package in needed.get(name, ()) if find_spec(package) is None]
+        there = "for arrays and tensors on a GPU" if name == "gpu" else "available"
+        found[name] = f"not available: {missing[0]} is not installed" if missing else there
     return found
 
 

@@ -1,5 +1,6 @@
 """`groupnorm roofline`: what bounds a call, how far our kernels are from it, as numbers and as a picture."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ __all__ = ["EXAMPLE", "roofline"]
 EXAMPLE = "groupnorm roofline 1x128x512x512 --groups 32 --activation silu --measure --picture roofline.png"
 
 _BAR = 40  # columns of the longest bar
+_LARGEST = 1 << 30  # elements that --measure makes arrays of
 
 
 def roofline(
@@ -46,6 +48,10 @@ def roofline(
     sizes = sizes_of(shape)
     if measure and machine is not None:
         raise OptionError(f"--measure times this machine: leave --machine {machine} away")
+    if measure and storage is not None:
+        raise OptionError(f"--measure times a call in memory: leave --storage {storage} away")
+    if measure and math.prod(sizes) > _LARGEST:
+        raise OptionError(f"--measure makes arrays of the shape, of up to {_LARGEST:,} elements: got {shape}")
     if picture is not None and not picture.absolute().parent.is_dir():
         raise OptionError(f"cannot write {picture}: there is no folder {picture.absolute().parent}; create it first")
     if measure_machine:

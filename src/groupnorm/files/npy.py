@@ -96,6 +96,10 @@ def check_shape(shape: Any, kind: type[list[Any]] | type[tuple[Any, ...]], what:
         raise FileError(
             f"{what}: shape {str(shape)[:60]}, expected up to {MAX_RANK} lengths; the file is corrupt, save it again"
         )
+    if (
+        0 in lengths and prod(max(n, 1) for n in lengths) >= 1 << 60
+    ):  # no bytes are missing, but NumPy has no such array
+        raise FileError(f"{what}: shape {str(shape)[:60]}, which no memory holds; the file is corrupt, save it again")
     return lengths
 
 

@@ -7,6 +7,8 @@ import os
 import shutil
 import struct
 import zipfile
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -19,9 +21,10 @@ from groupnorm.files import npy
 from groupnorm.files.npy import Form
 from groupnorm.files.source import locate
 
-__all__ = ["Sink", "write_arrays"]
+__all__ = ["Sink", "refuse_loss", "write_arrays"]
 
 _SAFETENSORS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+_LONGEST_HEADER = 100 << 20  # bytes, of a .safetensors file
 _SPARE = 1 << 12  # bytes beside the data: headers and the archive's table
 _SYNC = 1 << 28  # bytes between two requests to bring to the disk what was written
 
@@ -40,6 +43,7 @@ class Sink:
         self._format, self._missing, self._unsynced = path.suffix.lower(), form.nbytes, 0
         self._archive: Any = None
         name = named or member
+        refuse_loss(path, {name})
         if self._format == ".safetensors" and form.fortran:
             raise FileError(f"{path}: .safetensors holds arrays in C order only, got one in Fortran order; write .npy "
                             "or .npz, or save x in C order, e.g. with numpy.ascontiguousarray")  # fmt: skip
@@ -103,9 +107,30 @@ def write_arrays(pending: PendingFile, format_: str, arrays: dict[str, Any]) -> 
             stored = {
                 k: a.view("V2") if a.dtype == ml_dtypes.bfloat16 else a for k, a in arrays.items()
             }  # as NumPy saves it
-            np.savez(pending.file, allow_pickle=False, **stored)
+            np.savez(pending.file, **stored)
         else:
             pending.file.write(safetensors.numpy.save(arrays))
+
+
+def refuse_loss(path: Path, names: Iterable[str]) -> None:
+    """FileError if `path` is an archive that holds arrays of other names than these: a new file would take the place of
+    all of them. What cannot be read as an archive holds none.
+    """
+    held: set[str] = set()
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile, struct.error):
+        if path.suffix.lower() == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                held = {name.removesuffix(".npy") for name in archive.namelist()}
+        elif path.suffix.lower() == ".safetensors":
+            with open(path, "rb") as file:
+                (size,) = struct.unpack("<Q", file.read(8))
+                held = set(json.loads(file.read(min(size, _LONGEST_HEADER)))) - {"__metadata__"}
+    lost = sorted(held - {name.removesuffix(".npy") for name in names})
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise FileError(
+            f"{path}: holds other arrays, which would be lost: {', '.join(lost[:3])}{more}; write to another file"
+        )
 
 
 def _safetensors_header(form: Form, name: str) -> bytes:

@@ -16,7 +16,7 @@ from groupnorm._core.problem import check_activation, check_eps, check_num_group
 from groupnorm.errors import DtypeError, FileError, OptionError, ShapeError
 from groupnorm.files.boxes import Box, Grid, size
 from groupnorm.files.report import Report, Timeline
-from groupnorm.files.sink import Sink, write_arrays
+from groupnorm.files.sink import Sink, refuse_loss, write_arrays
 from groupnorm.files.source import PathLike, Source, locate, read_vector
 from groupnorm.files.work import Work
 
@@ -102,6 +102,7 @@ def group_norm_file(
         stack.callback(sink.discard)
         stats_file = None
         if stats_path is not None:
+            refuse_loss(stats_path, ("mean", "rstd", "dweight", "dbias"))
             stats_file = PendingFile(stats_path)
             stack.callback(stats_file.discard)
         if cut.road == "pieces":

@@ -46,9 +46,9 @@ def norm_act(
 ) -> Tensor:  # fmt: skip
     """activation(norm(x)*(1 + scale) + shift + residual), by one kernel where nobody could tell the difference.
 
-    norm, activation: modules; the activation also a name in `groupnorm.ACTIVATIONS`. scale, shift: (N, C, 1, ...).
-    inplace: the residual was added in place. Where the norm or the activation are something else by now, or have hooks,
-    they are called one after the other.
+    norm, activation: modules; the activation also a name in `groupnorm.reference.ACTIVATIONS`. scale, shift: (N, C, 1,
+    ...). inplace: the residual was added in place. Where the norm or the activation are something else by now, or have
+    hooks, they are called one after the other.
     """
     name = activation if isinstance(activation, str) else activation_name(activation)
     if name is not None and isinstance(x, torch.Tensor) and is_ours(norm) and not is_watched(norm, activation):

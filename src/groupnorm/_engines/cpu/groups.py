@@ -28,6 +28,7 @@ __all__ = [
     "group_channels",
     "put_moments",
     "real_positions",
+    "settled",
     "write_statistics",
 ]  # fmt: skip
 
@@ -60,6 +61,14 @@ def given_moments(a, group):
     """The moments (count, pivot, offset, m2) of a group that the caller, or an earlier launch, has left."""
     moments = pointer(a.moments, FLOAT64)
     return load_one(moments, group * 3), load_one(moments, group * 3 + 1), 0.0, load_one(moments, group * 3 + 2)
+
+
+@inlined
+def settled(found):
+    """The moments of a group with the offset taken into the pivot, as `write_statistics` leaves them for a later launch
+    (and `given_moments` finds them): backward, which may take either road, uses no others.
+    """
+    return found[0], found[1] + found[2], 0.0, found[3]
 
 
 @inlined

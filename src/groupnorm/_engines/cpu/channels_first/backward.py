@@ -19,6 +19,7 @@ from groupnorm._engines.cpu.groups import (
     given_moments,
     given_statistics,
     put_moments,
+    settled,
 )  # fmt: skip
 from groupnorm._engines.cpu.memory import (
     BOOL,
@@ -291,7 +292,7 @@ def _backward(p, a, x, dy, dx, dresidual, residual, mask, kept, act, mean, rstd,
                 if p.stats == FROM_MOMENTS:
                     found = given_moments(a, group + i)
                 else:
-                    found = group_moments(p, a, x, mask, n_, g_)
+                    found = settled(group_moments(p, a, x, mask, n_, g_))
                 put_moments(room, i, found)
                 n_, g_ = following(p, n_, g_)
             close_moments(p, x, room, groups)

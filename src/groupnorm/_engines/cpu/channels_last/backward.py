@@ -33,6 +33,7 @@ from groupnorm._engines.cpu.groups import (
     group_channels,
     put_moments,
     real_positions,
+    settled,
 )  # fmt: skip
 from groupnorm._engines.cpu.memory import (
     BOOL,
@@ -177,7 +178,7 @@ def _statistics(p, a, x, mask, mean, rstd, n, slot, start, groups, rows, room):
         if p.stats == FROM_MOMENTS:
             found = given_moments(a, n * p.G + start + i)
         else:
-            found = group_moments(p, a, x, mask, n, slot, start + i, rows)
+            found = settled(group_moments(p, a, x, mask, n, slot, start + i, rows))
         put_moments(room, i, found)
     close_moments(p, x, room, groups)
 

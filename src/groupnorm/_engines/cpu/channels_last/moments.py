@@ -99,21 +99,23 @@ def _add_to(work, at, s, q, C, lanes):
 
 
 @jitted
-def _close_unit(x, work, at, C, count, c0, c1):
-    """From planes pivot, s, q of channels c0..c1 to pivot, offset, m2. Where a pivot is far from a mean, all become the
-    means and the sums start anew; returns whether any did.
-    """
-    again = False
-    for c in range(c0, c1, LANES):
-        lanes = c1 - c
-        s, q = load_first(work, at + C + c, lanes), load_first(work, at + 2 * C + c, lanes)
-        offset = s * (1.0 / count)
-        m2 = fma(s, 0.0 - offset, q)
-        m2 = select(m2 < 0.0, 0.0, m2)
-        store_first(work, at + C + c, offset, lanes)
-        store_first(work, at + 2 * C + c, m2, lanes)
-        again |= any_of(is_far(offset, m2, count, far(x)))
-    return again
+def _close_vector(x, work, at, C, count, lanes):
+    """From planes pivot, s, q of a vector of channels to pivot, offset, m2; whether a pivot is far from its mean."""
+    s, q = load_first(work, at + C, lanes), load_first(work, at + 2 * C, lanes)
+    offset = s * (1.0 / count)
+    m2 = fma(s, 0.0 - offset, q)
+    m2 = select(m2 < 0.0, 0.0, m2)
+    store_first(work, at + C, offset, lanes)
+    store_first(work, at + 2 * C, m2, lanes)
+    return any_of(is_far(offset, m2, count, far(x)))
+
+
+@inlined
+def _start(work, at, C, pivot, lanes):
+    """Sums of a vector of channels start with this pivot."""
+    store_first(work, at, pivot, lanes)
+    store_first(work, at + C, zeros(work), lanes)
+    store_first(work, at + 2 * C, zeros(work), lanes)
 
 
 @inlined
@@ -140,8 +142,9 @@ def _first_pivot(x, mask, at, mask_at, rows, step, lanes):
 @jitted
 def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
     """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into place `slot` of work. The first real
-    rows make the pivot; where that was far from the mean for some channel, see statistics.py, the rows are read again.
-    With few rows there is nothing to do before `group_moments`.
+    rows make the pivot; vectors of channels of which one was far from its mean, see statistics.py, are read again with
+    the means as pivots. (Vectors, and not all of c0..c1: how wide a slab is must not show in the bits.) With few rows
+    there is nothing to do before `group_moments`.
     """
     if mask is None and p.few:
         return
@@ -152,31 +155,30 @@ def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
     count = _unit_count(p, mask, n, unit)
     while first < last - 1 and not is_real(mask, n * p.S + first):  # no further than the last row, real or not
         first += 1
-    for attempt in range(2):
-        for c in range(c0, c1, LANES):
-            lanes = c1 - c
-            pivot = widen(
-                _first_pivot(x, mask, n * p.x_n + first * p.x_s + c, n * p.S + first, last - first, p.x_s, lanes)
-            )
-            if attempt == 1:
-                pivot = load_first(work, work_at + c, lanes) + load_first(work, work_at + p.C + c, lanes)
-                pivot = widen(narrow(pivot, zeros(x)))
-            store_first(work, work_at + c, pivot, lanes)
-            store_first(work, work_at + p.C + c, zeros(work), lanes)
-            store_first(work, work_at + 2 * p.C + c, zeros(work), lanes)
-        tile = TILE if attempt == 0 else fewer(x, TILE)
-        for row in range(first, last, tile):
-            rows = minimum(tile, last - row)
-            at, mask_at = n * p.x_n + row * p.x_s, n * p.S + row
-            c = c0
-            while c + STRIP <= c1:
-                _strip_sums(x, mask, at + c, mask_at, rows, p.x_s, work, work_at + c, p.C)
-                c += STRIP
-            while c < c1:
-                _vector_sums(x, mask, at + c, mask_at, rows, p.x_s, work, work_at + c, p.C, c1 - c)
-                c += LANES
-        if not _close_unit(x, work, work_at, p.C, maximum(count, 1.0), c0, c1):
-            break
+    for c in range(c0, c1, LANES):
+        pivot = _first_pivot(x, mask, n * p.x_n + first * p.x_s + c, n * p.S + first, last - first, p.x_s, c1 - c)
+        _start(work, work_at + c, p.C, widen(pivot), c1 - c)
+    for row in range(first, last, TILE):
+        rows = minimum(TILE, last - row)
+        at, mask_at = n * p.x_n + row * p.x_s, n * p.S + row
+        c = c0
+        while c + STRIP <= c1:
+            _strip_sums(x, mask, at + c, mask_at, rows, p.x_s, work, work_at + c, p.C)
+            c += STRIP
+        while c < c1:
+            _vector_sums(x, mask, at + c, mask_at, rows, p.x_s, work, work_at + c, p.C, c1 - c)
+            c += LANES
+    count = maximum(count, 1.0)
+    tile = fewer(x, TILE)
+    for c in range(c0, c1, LANES):
+        lanes = c1 - c
+        if _close_vector(x, work, work_at + c, p.C, count, lanes):
+            pivot = load_first(work, work_at + c, lanes) + load_first(work, work_at + p.C + c, lanes)
+            _start(work, work_at + c, p.C, widen(narrow(pivot, zeros(x))), lanes)
+            for row in range(first, last, tile):
+                _vector_sums(x, mask, n * p.x_n + row * p.x_s + c, n * p.S + row, minimum(tile, last - row), p.x_s,
+                             work, work_at + c, p.C, lanes)  # fmt: skip
+            _close_vector(x, work, work_at + c, p.C, count, lanes)
 
 
 @inlined
