@@ -30,17 +30,11 @@ merged = njit(
 )  # becomes part of its one caller before types are known: a level less to optimise
 inlined = njit(**_INNER, forceinline=True)  # the same, always inlined: what runs once per vector
 
-_lock = threading.Lock()  # two threads that need the same kernel compile it once
+_lock = threading.RLock()  # two threads that need the same kernel compile it once
 
-
-def _renew_lock() -> None:
-    """In a forked child: whoever held the lock is not there to let go of it."""
-    global _lock
-    _lock = threading.Lock()
-
-
+# A fork waits until no kernel is being compiled: Numba's own lock and what LLVM holds would stay held in the child.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 @cache
