@@ -133,12 +133,15 @@ def test_a_row_holds_stock_converted_and_both_compiled():
 
 def test_tables_show_what_they_are_for():
     half = replace(RECORD, model="unet-sd15", size="half", mode="training")
-    others = [half, replace(RECORD, dtype="bfloat16", memory_format="channels_last"), replace(RECORD, size="tiny")]
+    sixteen = replace(RECORD, dtype="bfloat16")
+    others = [half, sixteen, replace(sixteen, memory_format="channels_last"), replace(RECORD, size="tiny")]
     short, whole = (MODEL_TABLES[name]([RECORD, *others]) for name in ("models", "models-all"))
     assert [row[:2] for row in cells(short)] == [
         ["unet-sd15, half the channels", "training, f32 NCHW"], ["resnet50-gn", "inference, f32 NCHW"],
+        ["resnet50-gn", "inference, bf16 NHWC"],
     ]  # fmt: skip
-    assert [row[1] for row in cells(whole)][1:] == ["inference, f32 NCHW", "inference, bf16 NHWC"]
+    kinds = ["inference, f32 NCHW", "inference, bf16 NCHW", "inference, bf16 NHWC"]
+    assert [row[1] for row in cells(whole)][1:] == kinds
     assert len(cells(MODEL_TABLES["models-cases"]([]))) == len(models.MODELS)
 
 

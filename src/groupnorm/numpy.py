@@ -40,8 +40,8 @@ def group_norm(
 
     Returns y, of x's dtype and shape; with return_stats also mean and rstd, (N, G), float32 (float64 for float64 x).
     Raises GroupNormError: ShapeError, DtypeError, OptionError or EngineError. Cost: x is read once from memory and y
-    written once where a group fits in cache; memory beyond y is O(N*C). Source: Wu and He, Group Normalization, ECCV
-    2018; equations (1) to (8) of `groupnorm.reference`.
+    written once where a group fits in cache; memory beyond y is a few numbers for each channel of each piece of some
+    10^5 elements. Source: Wu and He, Group Normalization, ECCV 2018; equations (1) to (8) of `groupnorm.reference`.
     """
     key = (
         "forward", num_groups, num_groups.__class__, eps, layout, activation, uneven, impl, get_num_threads(), _form(x),
