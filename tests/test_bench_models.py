@@ -140,7 +140,7 @@ def test_tables_show_what_they_are_for():
         ["unet-sd15, half the channels", "training, f32 NCHW"], ["resnet50-gn", "inference, f32 NCHW"],
         ["resnet50-gn", "inference, bf16 NHWC"],
     ]  # fmt: skip
-    kinds = ["inference, f32 NCHW", "inference, bf16 NCHW", "inference, bf16 NHWC"]
+    kinds = ["inference, f32 NCHW", "inference, bf16 NHWC", "inference, bf16 NCHW"]
     assert [row[1] for row in cells(whole)][1:] == kinds
     assert len(cells(MODEL_TABLES["models-cases"]([]))) == len(models.MODELS)
 
