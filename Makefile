@@ -53,7 +53,7 @@ gpu-kernels: $(VENV)/.installed-dev $(VENV)/triton-3.6 ## compile every GPU kern
 $(VENV)/triton-3.6: # the oldest version that the engine is for
 	$(PIP) --no-deps --target $@ triton==3.6.0
 
-test-gpu: ## on a GPU: the contract at full size, the same bits 1000 times, races if compute-sanitizer is there
+test-gpu: ## on a GPU: the contract at full size, the same bits 1000 times, and compute-sanitizer if it is there
 	PYTHONPATH=src $(GPU_PYTHON) -m groupnorm.bench.gpu.verify --save results
 
 bench-gpu: ## on a GPU: tune the limits between regimes, then measure every case beside every rival installed

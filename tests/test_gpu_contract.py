@@ -110,6 +110,14 @@ def test_a_constant_group_gives_the_bias(regime: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_statistics_that_are_wanted_do_not_change_y(regime: str, layout: str) -> None:
+    """A mean is two numbers, of which the caller gets the first; y is made from both."""
+    drawn = draw(Case((2, 6, 11, 13), 2, layout=layout, activation="silu", loc=1e3))
+    y, _, _ = ENGINE.group_norm(drawn.x, 2, **drawn.options, return_stats=True)
+    assert np.array_equal(ENGINE.group_norm(drawn.x, 2, **drawn.options), y)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_bits_of_a_sample_do_not_depend_on_its_batch(regime: str, layout: str) -> None:
     drawn = draw(Case((2, 6, 11, 13), 2, layout=layout, activation="silu"))
     options = drawn.options

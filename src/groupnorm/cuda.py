@@ -139,6 +139,7 @@ def _tensor(name: str, array: Array) -> Tensor:
         raise ShapeError(f"{name} must have no negative strides: got {array.strides}; pass a copy")
     elif not hasattr(array, "__dlpack__"):
         found = torch.as_tensor(array)
+        _wait_for(array, found)
     elif array.__dlpack_device__()[0] == _HOST and not gpu.takes(torch.empty(0)):
         raise EngineError(f"{name} must lie in GPU memory: got a {type(array).__name__} in host memory; use "
                           "groupnorm.group_norm")  # fmt: skip
@@ -147,6 +148,14 @@ def _tensor(name: str, array: Array) -> Tensor:
     if found is not None and not gpu.takes(found):
         raise EngineError(f"{name} must lie in GPU memory: got a tensor on {found.device}; use groupnorm.torch")
     return found
+
+
+def _wait_for(array: Array, found: Tensor) -> None:
+    """Let the current stream wait for what the array's library has queued on its own; DLPack does that by itself."""
+    stream = array.__cuda_array_interface__.get("stream")
+    if stream and found.is_cuda:
+        theirs: Any = torch.cuda.ExternalStream(stream, device=found.device)  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(found.device).wait_stream(theirs)
 
 
 def _kind(tensors: dict[str, Tensor], num_groups: int, eps: float, activation: str | None) -> call.Kind:

@@ -6,6 +6,7 @@ the gradients of weight, bias, scale and shift; `launch.py`, `workspace.py` and 
 data goes through the chip: docs/gpu.md.
 """
 
+import warnings
 from typing import Any
 
 from groupnorm._core.problem import Problem
@@ -15,9 +16,9 @@ from groupnorm._engines.gpu.launch import TooLargeError, run
 from groupnorm._engines.gpu.plan import Plan, make_plan, refusal
 from groupnorm._engines.gpu.workspace import workspace
 
-__all__ = ["backward", "forward", "plan", "run_at", "supports"]
+__all__ = ["INSTEAD", "backward", "forward", "plan", "run_at", "supports"]
 
-_INSTEAD = "instead"  # where a plan keeps the one that takes its place
+INSTEAD = "instead"  # where a plan keeps the one that takes its place
 
 
 def supports(problem: Problem) -> str | None:
@@ -63,8 +64,8 @@ def run_at(
     """Forward or backward, whatever the plan is for, on addresses in the device's memory, 0 where there is no such
     array, on its current stream. For a plan that has launches. `fresh` is for engines that write past caches.
     """
-    while _INSTEAD in plan.ready:
-        plan = plan.ready[_INSTEAD]
+    while INSTEAD in plan.ready:
+        plan = plan.ready[INSTEAD]
     device = plan.device.index
     with on_device(device):
         stream = current_stream(device)
@@ -80,10 +81,9 @@ def run_at(
             sums = begin if plan.sums else 0
             begin += size * plan.sums
             totals = begin if plan.totals else 0
-            if plan.statistics_kept and not mean:
-                groups = size * plan.problem.N * plan.problem.G
-                mean = begin + size * plan.totals
-                rstd, low = mean + groups, mean + 2 * groups
+            if plan.statistics_kept:  # what the mean lacks also where the caller wants mean and rstd
+                groups, kept = size * plan.problem.N * plan.problem.G, begin + size * plan.totals
+                mean, rstd, low = mean or kept, rstd or kept + groups, kept + 2 * groups
         if plan.statistics is not None:
             run_at(plan.statistics, fresh, x, 0, 0, 0, 0, 0, 0, mask, mean, rstd, low=low)
         bits = (x | y | weight | bias | scale | shift | residual | mask | mean | rstd | moments | dy | dx | dweight
@@ -92,8 +92,10 @@ def run_at(
             run(plan, (x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias,
                        dscale, dshift, dresidual, counters, partials, sums, totals, low), not bits & 15, device,
                 stream)  # fmt: skip
-        except TooLargeError:  # other programs hold a part of the device: from now on without this regime
-            plan.ready[_INSTEAD] = make_plan(plan.problem, plan.device, without=plan.without | {plan.regime})
+        except TooLargeError as error:  # other programs hold a part of the device: from now on without this regime
+            warnings.warn(f"the {plan.regime} regime is not used for {plan.problem.task} of such tensors: {error}",
+                          RuntimeWarning, stacklevel=2)  # fmt: skip
+            plan.ready[INSTEAD] = make_plan(plan.problem, plan.device, without=plan.without | {plan.regime})
             run_at(plan, fresh, x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight,
                    dbias, dscale, dshift, dresidual, low)  # fmt: skip
     del alive  # whoever gets this memory now works on this stream, behind these launches

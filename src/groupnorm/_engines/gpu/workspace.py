@@ -4,9 +4,14 @@ Nobody clears counters between launches (see `sync.py`). Each stream has its own
 some for barriers and others for what counts from 0. A launch that a CUDA graph captures has some that nobody else ever
 uses: two graphs may run at the same time. They come from a block that was cleared before, so that graphs need not clear
 them either.
+
+What lives on is allocated by a thread of its own. A thread may be told to allocate from the memory of a graph that will
+be captured (as torch.compile's mode "reduce-overhead" does, on a stream of its own), and what lies there is taken for
+something else later.
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,6 +31,7 @@ class Workspace:
         self.device = device
         self._lock = threading.Lock()
         self._counters: dict[tuple[int, bool], Any] = {}
+        self._outgrown: list[Any] = []
         self._for_graphs: Any = None
         self._taken = 0
 
@@ -37,11 +43,12 @@ class Workspace:
             if self._for_graphs is None and not INTERPRETED:
                 # Not in a capture, where clearing would become part of the graph: each of its replays would clear these
                 # counters while other graphs use them.
-                self._for_graphs = _cleared(self.device, _FOR_GRAPHS)
+                self._for_graphs = _lasting(self.device, _FOR_GRAPHS)
             found = self._counters.get((stream, barrier))
             if found is None or found[1] < count:
                 size = max(count, _AT_LEAST)
-                found = self._counters[stream, barrier] = _zeros(self.device, size), size
+                self._outgrown.append(found)  # a launch that was given its address may not have begun
+                found = self._counters[stream, barrier] = _lasting(self.device, size), size
             return _address(found[0])
 
     def scratch(self, size: int) -> tuple[int, Any]:
@@ -85,13 +92,19 @@ def _zeros(device: int, count: int) -> Any:
     return torch.zeros(count, dtype=torch.int32, device=f"cuda:{device}")
 
 
-def _cleared(device: int, count: int) -> Any:
-    """Zeros that every stream sees from now on."""
-    import torch
+def _lasting(device: int, count: int) -> Any:
+    """Zeros that every stream sees from now on, from the device's usual memory."""
 
-    zeros = _zeros(device, count)
-    torch.cuda.current_stream(device).synchronize()
-    return zeros
+    def zeros() -> Any:
+        made = _zeros(device, count)
+        if not INTERPRETED:
+            import torch
+
+            torch.cuda.current_stream(device).synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(zeros).result()
 
 
 def _bytes(device: int, size: int) -> Any:
