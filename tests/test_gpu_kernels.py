@@ -51,3 +51,38 @@ def test_some_compiled_anew() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("kernels") == len(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(
+    ("dtype", "activation", "mask"),
+    [("float16", "tanh", True), ("float64", "gelu", True), ("bfloat16", "hardswish", False)],
+)
+def test_every_option_compiles(layout: str, dtype: str, activation: str, mask: bool) -> None:
+    """What the cases of the benchmark do not have: scale, shift, residual, mask, other types. Tiles are small, so that
+    it is quick.
+    """
+    code = f"""
+from groupnorm._core.layout import Walk
+from groupnorm._core.problem import Problem
+from groupnorm._engines.gpu.device import Device, Limits
+from groupnorm._engines.gpu.offline import compile_launch
+from groupnorm._engines.gpu.plan import make_plan
+
+limits = Limits(held=1 << 13, held_backward=1 << 13, part=512, part_backward=512, together=256)
+device = Device(0, "a small GPU", 90, 4, 1 << 16, limits=limits)
+N, C, S, G = 2, 24, 64, 4
+walk = Walk(C * S, S, 1) if {layout!r} == "NCHW" else Walk(C * S, 1, C)
+for task, names in (("forward", "x y residual"), ("backward", "x dy dx residual dresidual")):
+    problem = Problem(
+        task, {dtype!r}, N, C, S, G, 1e-5, {activation!r}, {dtype!r}, "float32", "float32", {dtype!r}, mask={mask},
+        stats=task == "backward", walks=dict.fromkeys(names.split(), walk),
+    )
+    for regime in ("resident", "split", "ticketed", "two_pass"):
+        for launch in make_plan(problem, device, regime).launches:
+            print(compile_launch(make_plan(problem, device, regime), launch, 90).kernel)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(set(done.stdout.split())) == 10

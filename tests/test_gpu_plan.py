@@ -136,14 +136,31 @@ def test_a_refused_launch_takes_another_road(monkeypatch: Any, regimes: list[str
     gn.numpy._calls.clear()
 
 
+def test_a_refusal_of_a_later_launch(monkeypatch: Any) -> None:
+    """The device may be full the second time only."""
+    device = replace(current_device(), multiprocessors=4, limits=Limits(held=64, part=64))
+    problem = Problem("forward", "float32", 1, 4, 200, 2, walks=dict.fromkeys(("x", "y"), Walk(800, 200, 1)))
+    plan = make_plan(problem, device, "split")
+
+    def refuse(addresses: tuple[int, ...], stream: int) -> None:
+        raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+    addresses = (0,) * len(launch.ARRAYS)
+    plan.ready[0, True, (True,) * len(addresses)] = [refuse for _ in plan.launches]
+    cooperative = replace(plan, launches=tuple(replace(one, cooperative=True) for one in plan.launches))
+    with pytest.raises(launch.TooLargeError):
+        launch.run(cooperative, addresses, True, 0, 0)
+
+
 def test_what_a_refusal_looks_like() -> None:
     plan = make_plan(problem_of(case("sd15-64"), "forward", "NCHW", "bfloat16"), H200)
     (clustered,) = plan.launches
     (plain,) = make_plan(problem_of(case("sd15-8"), "forward", "NCHW", "bfloat16"), H200).launches
-    said = "triton error [cuda]: a kernel launch error has occurred due to cluster misconfiguration"
-    assert launch._does_not_fit(clustered, said)
-    assert not launch._does_not_fit(clustered, "triton error [cuda]: cluster target block not present")
-    assert not launch._does_not_fit(plain, said)
+    said = "Triton Error [CUDA]: a kernel launch error has occurred due to cluster misconfiguration"
+    launch._raise_if_too_large(plain, RuntimeError(said))
+    launch._raise_if_too_large(clustered, RuntimeError("Triton Error [CUDA]: cluster target block not present"))
+    with pytest.raises(launch.TooLargeError, match="does not fit the device"):
+        launch._raise_if_too_large(clustered, RuntimeError(said))
     tried: list[Any] = []
     launch.compiler_options(clustered, lambda options: tried.append(options) or (100, 0))
     assert [options["num_ctas"] for options in tried] == [clustered.multiprocessors]
@@ -165,6 +182,35 @@ def test_every_regime_takes_a_small_problem() -> None:
     walk = Walk(8 * 100, 100, 1)
     problem = Problem("forward", "float32", 2, 8, 100, 4, walks={"x": walk, "y": walk})
     assert {make_plan(problem, current_device(), regime).regime for regime in REGIMES} == set(REGIMES)
+
+
+@pytest.mark.parametrize("task", ["forward", "backward"])
+@pytest.mark.parametrize("C", [1 << 14, 1 << 16, 1 << 20])
+def test_many_channels_of_one_position_are_cut(task: str, C: int) -> None:
+    walk = Walk(C, 1, 1)
+    walks = dict.fromkeys(("x", "y") if task == "forward" else ("x", "dy", "dx"), walk)
+    problem = Problem(task, "float32", 4, C, 1, 1, weight="float32", bias="float32", walks=walks)
+    plan = make_plan(problem, H200)
+    for one in plan.launches:
+        tile = one.constants.get("ROWS", 1) * one.constants.get("COLS", 1)
+        assert tile <= one.multiprocessors << 15, f"{one.kernel}: {tile}"
+
+
+def test_what_has_no_32_bit_places_or_rows_is_refused() -> None:
+    S = 1 << 31
+    problem = Problem("forward", "bfloat16", 1, 1, S, 1, walks=dict.fromkeys(("x", "y"), Walk(S, S, 1)))
+    assert "2^31 positions" in str(gpu.supports(problem))
+    C = 1 << 16
+    last = Problem("forward", "bfloat16", 1, C, 4, 1, walks=dict.fromkeys(("x", "y"), Walk(4 * C, 1, C)))
+    assert "channels last" in str(gpu.supports(last))
+
+
+def test_large_batches_fit_the_grid() -> None:
+    walk = Walk(32 * 4, 4, 1)
+    problem = Problem("backward", "float32", 100_000, 32, 4, 8, scale="float32", shift="float32",
+                      walks=dict.fromkeys(("x", "dy", "dx"), walk))  # fmt: skip
+    for one in make_plan(problem, H200).launches:
+        assert all(size < 1 << 16 for size in one.grid[1:]), one.kernel
 
 
 def test_counters_are_zero_and_kept() -> None:

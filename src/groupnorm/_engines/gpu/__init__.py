@@ -1,9 +1,9 @@
 """The GPU engine: kernels in Python, compiled by Triton.
 
 From outside in: `plan.py` decides how a problem is cut and in which regime it is done; `resident.py`, `split.py`,
-`ticketed.py` and `two_pass.py` are the regimes, `tiles.py`, `epilogue.py` and `sync.py` their parts, `parameters.py`
-the gradients of weight, bias, scale and shift; `launch.py`, `workspace.py` and `device.py` bring them to the GPU. How
-data goes through the chip: docs/gpu.md.
+`ticketed.py` and `two_pass.py` are the regimes, made of `tiles.py`, `parts.py`, `epilogue.py` and `sync.py`;
+`parameters.py` the gradients of weight, bias, scale and shift; `launch.py`, `workspace.py` and `device.py` bring them
+to the GPU. How data goes through the chip: docs/gpu.md.
 """
 
 import warnings
@@ -69,7 +69,7 @@ def run_at(
     device = plan.device.index
     with on_device(device):
         stream = current_stream(device)
-        counters = partials = sums = totals = 0
+        counters = partials = sums = totals = lost = 0
         alive: Any = None
         if plan.counters:
             counters = workspace(device).counters(plan.counters, stream, barrier=plan.regime == "split")
@@ -81,16 +81,19 @@ def run_at(
             sums = begin if plan.sums else 0
             begin += size * plan.sums
             totals = begin if plan.totals else 0
+            begin += size * plan.totals
+            lost = begin if plan.lost else 0
+            begin += size * plan.lost
             if plan.statistics_kept:  # what the mean lacks also where the caller wants mean and rstd
-                groups, kept = size * plan.problem.N * plan.problem.G, begin + size * plan.totals
-                mean, rstd, low = mean or kept, rstd or kept + groups, kept + 2 * groups
+                groups = size * plan.problem.N * plan.problem.G
+                mean, rstd, low = mean or begin, rstd or begin + groups, begin + 2 * groups
         if plan.statistics is not None:
             run_at(plan.statistics, fresh, x, 0, 0, 0, 0, 0, 0, mask, mean, rstd, low=low)
         bits = (x | y | weight | bias | scale | shift | residual | mask | mean | rstd | moments | dy | dx | dweight
-                | dbias | dscale | dshift | dresidual | counters | partials | sums | totals | low)  # fmt: skip
+                | dbias | dscale | dshift | dresidual | counters | partials | sums | totals | low | lost)  # fmt: skip
         try:
             run(plan, (x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias,
-                       dscale, dshift, dresidual, counters, partials, sums, totals, low), not bits & 15, device,
+                       dscale, dshift, dresidual, counters, partials, sums, totals, low, lost), not bits & 15, device,
                 stream)  # fmt: skip
         except TooLargeError as error:  # other programs hold a part of the device: from now on without this regime
             warnings.warn(f"the {plan.regime} regime is not used for {plan.problem.task} of such tensors: {error}",

@@ -9,12 +9,13 @@ from groupnorm._core.problem import Problem
 from groupnorm._engines.gpu.device import Device
 
 __all__ = [
-    "MOST_PARTS", "MOST_WARPS", "Cut", "above", "cut_busily", "cut_slabs", "groups_of_slab", "held_elements",
-    "layout_of", "most_held", "vector_of", "wants_sums", "warps_for",
+    "MOST_CHANNELS", "MOST_PARTS", "MOST_WARPS", "Cut", "above", "cut_busily", "cut_slabs", "groups_of_slab",
+    "held_elements", "layout_of", "most_held", "vector_of", "wants_sums", "warps_for",
 ]  # fmt: skip
 
 MOST_PARTS = 1024  # of a slab: what all of them left is read by each
 MOST_WARPS = 16  # of a program; of a multiprocessor, if a thread is to have 128 of its 64 K registers
+MOST_CHANNELS = 1 << 13  # of a group whose channels are the rows of a tile, which are not cut
 _NARROW = 64  # bytes of a row of a channels-last slab below which sectors of memory are wasted
 _MOST_ROWS = 512  # of a channels-last slab
 
@@ -46,8 +47,10 @@ def warps_for(device: Device, elements: int) -> int:
 
 
 def layout_of(p: Problem) -> str:
-    """What a row of a tile is, "first" or "last"; a single position is no row, but a column."""
-    return "last" if p.channels_last or p.S == 1 else "first"
+    """What a row of a tile is, "first" or "last"; a single position is no row, but a column, unless it has so many
+    channels that these have to be cut.
+    """
+    return "last" if (p.channels_last and p.S > 1) or (p.S == 1 and p.D <= MOST_CHANNELS) else "first"
 
 
 def groups_of_slab(p: Problem, device: Device) -> int:

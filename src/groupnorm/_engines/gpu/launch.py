@@ -27,7 +27,7 @@ KERNELS: dict[str, Any] = {
 ARRAYS = (
     "X", "Y", "WEIGHT", "BIAS", "SCALE", "SHIFT", "RESIDUAL", "MASK", "MEAN", "RSTD", "MOMENTS", "DY", "DX", "DWEIGHT",
     "DBIAS", "DSCALE", "DSHIFT", "DRESIDUAL", "COUNTERS", "PARTIALS", "SUMS", "TOTALS",
-    "LOW",
+    "LOW", "LOST",
 )  # fmt: skip
 _PLACES = {name: place for place, name in enumerate(ARRAYS)}
 _PUBLIC_ONLY = not TESTED[0] <= VERSION <= TESTED[1]
@@ -42,7 +42,7 @@ def array_types(plan: Plan) -> dict[str, str]:
     p = plan.problem
     acc = "float64" if p.dtype == "float64" else "float32"
     types = dict.fromkeys(("X", "Y", "RESIDUAL", "DY", "DX", "DRESIDUAL"), p.dtype)
-    types |= dict.fromkeys(("MEAN", "RSTD", "PARTIALS", "SUMS", "TOTALS", "LOW"), acc)
+    types |= dict.fromkeys(("MEAN", "RSTD", "PARTIALS", "SUMS", "TOTALS", "LOW", "LOST"), acc)
     for name in ("weight", "bias", "scale", "shift"):
         types[name.upper()] = types[f"D{name.upper()}"] = getattr(p, name) or acc
     return types | {"MASK": "uint8", "MOMENTS": "float64", "COUNTERS": "int32"}
@@ -57,8 +57,12 @@ def run(plan: Plan, addresses: tuple[int, ...], aligned: bool, device: int, stre
     if ready is None:
         plan.ready[key] = [_first(launch, array_types(plan), addresses) for launch in plan.launches]
         return
-    for go in ready:
-        go(addresses, stream)
+    for launch, go in zip(plan.launches, ready, strict=True):
+        try:
+            go(addresses, stream)
+        except RuntimeError as error:
+            _raise_if_too_large(launch, error)
+            raise
 
 
 def compiler_options(launch: Launch, compiled: Callable[[dict[str, Any]], tuple[int, int]]) -> dict[str, Any]:
@@ -88,11 +92,15 @@ def compiler_options(launch: Launch, compiled: Callable[[dict[str, Any]], tuple[
     return min(found, key=lambda tried: tried[:3])[3]
 
 
-def _does_not_fit(launch: Launch, message: str) -> bool:
-    """Whether a message is CUDA's too large cooperative launch, or its invalid cluster size."""
-    return (launch.cooperative and "cooperative launch" in message) or (
+def _raise_if_too_large(launch: Launch, error: RuntimeError) -> None:
+    """Raise TooLargeError if the driver says that a cooperative launch is too large or a cluster's size invalid, which
+    comes from what else runs on the device.
+    """
+    message = str(error).lower()
+    if (launch.cooperative and "cooperative launch" in message) or (
         launch.multiprocessors > 1 and "cluster misconfiguration" in message
-    )
+    ):
+        raise TooLargeError(f"{launch.kernel} does not fit the device as a whole: {error}") from error
 
 
 class _Pointer:
@@ -131,8 +139,7 @@ def _first(launch: Launch, types: dict[str, str], addresses: tuple[int, ...]) ->
     try:
         compiled = again(addresses, 0)
     except RuntimeError as error:  # the driver's word for it, by way of Triton
-        if _does_not_fit(launch, str(error).lower()):
-            raise TooLargeError(f"{launch.kernel} does not fit the device as a whole: {error}") from error
+        _raise_if_too_large(launch, error)
         raise
     if INTERPRETED or _PUBLIC_ONLY or not all(hasattr(compiled, n) for n in ("run", "function", "packed_metadata")):
         return again

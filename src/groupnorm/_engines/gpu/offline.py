@@ -87,9 +87,8 @@ def _absent(plan: Plan) -> set[str]:
     if not p.mask:
         missing.add("MASK")
     if not p.dx:
-        missing |= {"DX", "DRESIDUAL", "TOTALS"}
-    if not plan.sums:
-        missing.add("SUMS")
+        missing |= {"DX", "DRESIDUAL"}
+    missing |= {name.upper() for name in ("sums", "totals", "lost") if not getattr(plan, name)}
     if not plan.statistics_kept:
         missing.add("LOW")
     if p.task == "normalize":

@@ -17,6 +17,7 @@ from typing import Any
 from groupnorm._core.problem import Problem
 from groupnorm._engines.gpu.compiler import INTERPRETED
 from groupnorm._engines.gpu.cut import (
+    MOST_CHANNELS,
     MOST_PARTS,
     MOST_WARPS,
     Cut,
@@ -72,6 +73,7 @@ class Plan:
     partials: int = 0  # numbers in the type of the arithmetic
     sums: int = 0
     totals: int = 0
+    lost: int = 0  # of given means: by how much xhat is off
     statistics: "Plan | None" = None  # backward without given statistics: what computes them first
     statistics_kept: bool = False  # mean, low and rstd have to be kept, whether or not the call wants them
     float_bytes: int = 4  # of one number in the type of the arithmetic
@@ -96,13 +98,17 @@ class Plan:
     def floats(self) -> int:
         """Numbers in the type of the arithmetic that lie beside the arrays of the call."""
         kept = 3 * self.problem.N * self.problem.G if self.statistics_kept else 0
-        return self.partials + self.sums + self.totals + kept
+        return self.partials + self.sums + self.totals + self.lost + kept
 
 
 def refusal(p: Problem) -> str | None:
     """Why the engine cannot take a problem, or None."""
     if p.uneven and p.C % p.G:
         return f"groups must be of one size: got {p.C} channels in {p.G} groups"
+    if p.S >= 1 << 31:
+        return f"channels of 2^31 positions and more have no 32-bit places: got {p.S}"
+    if layout_of(p) == "last" and p.D > MOST_CHANNELS:
+        return f"groups, channels last, may have {MOST_CHANNELS} channels: got {p.D}"
     if p.channels_last:
         dense = {"n": p.S * p.C, "c": 1, "s": p.C}
     else:
@@ -344,7 +350,7 @@ def _two_pass(p: Problem, device: Device, *, forced: bool) -> Plan:
     if p.dx:
         launches.append(Launch("apply_gradient", grids[1], {**writing, "N": p.N}, plain, warps))
     return _backward(p, device, "two_pass", reasons, launches, across, counters=slabs, partials=partials,
-                     totals=3 * p.N * p.G if p.dx else 0)  # fmt: skip
+                     totals=3 * p.N * p.G if p.dx or p.stats else 0)  # fmt: skip
 
 
 def _backward(
@@ -354,11 +360,12 @@ def _backward(
     """The plan of a backward whose sums by channel come from `across` parts of each sample."""
     sums = 2 * p.N * across * p.C if wants_sums(p) else 0
     blocks = -(-p.C // _SUM_CHANNELS)
-    constants = {"C": p.C, "CHANNELS": _SUM_CHANNELS, "ROWS": _SUM_ROWS}
+    constants = {"C": p.C, "G": p.G, "CHANNELS": _SUM_CHANNELS, "ROWS": _SUM_ROWS}
     if p.weight or p.bias:
         numbers = {"rows": p.N * across, "across": across}
         launches.append(Launch("parameter_gradients", (blocks,), numbers, constants, 4))
     if p.scale or p.shift:
         numbers = {"N": p.N, "across": across}
-        launches.append(Launch("sample_gradients", (blocks, p.N), numbers, constants, 4))
-    return Plan(p, device, regime, reasons, tuple(launches), sums=sums, **memory)
+        launches.append(Launch("sample_gradients", (p.N, blocks), numbers, constants, 4))
+    lost = p.N * p.G if p.stats and regime not in ("resident", "clustered") else 0  # else made up for at once
+    return Plan(p, device, regime, reasons, tuple(launches), sums=sums, lost=lost, **memory)

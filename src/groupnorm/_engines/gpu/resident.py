@@ -16,6 +16,7 @@ from groupnorm._engines.gpu.tiles import (
     finish,
     finish_gradient,
     held_moments,
+    held_rest,
     held_sums,
     load_tile,
     place,
@@ -66,10 +67,12 @@ def resident_backward(
     dy = load_tile(DY, at, steps, real, "evict_first")
     spot, exists = slab_groups(n, group, G, P, GROUPS)
     mean, low, rstd = read_statistics(MEAN, RSTD, LOW, spot, exists)
+    if LOW is None:
+        low = held_rest(x, mean, real, rows, cols, MASK, PER_GROUP, GROUPS)
     xhat, dz, gain = start_gradient(x, dy, mean, low, rstd, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, n, channel, at,
                                     steps, inside, real, S, C, G, LAYOUT, ACTIVATION)  # fmt: skip
     if SUMS is not None:
         write_row_sums(SUMS, n, 0, 1, channel, rows, tl.sum(dz, 1), tl.sum(dz * xhat, 1), N, C)
     if DX is not None:
-        count, s1, s2 = held_sums(dz, xhat, gain, real, rows, cols, MASK, PER_GROUP, GROUPS)
+        count, s1, s2, _ = held_sums(dz, xhat, gain, real, rows, cols, MASK, None, PER_GROUP, GROUPS)
         finish_gradient(xhat, dz, gain, rstd, count, s1, s2, DX, DRESIDUAL, MASK, at, steps, inside, real, PER_GROUP)

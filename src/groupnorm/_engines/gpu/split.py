@@ -14,6 +14,7 @@ never return from a barrier; phase 2 loads again what phase 1 held.
 import triton.language as tl
 
 from groupnorm._engines.gpu.compiler import kernel
+from groupnorm._engines.gpu.parts import merge_moments, merge_sums, publish_moments, publish_sums
 from groupnorm._engines.gpu.sync import barrier
 from groupnorm._engines.gpu.tiles import (
     finish,
@@ -21,15 +22,12 @@ from groupnorm._engines.gpu.tiles import (
     held_moments,
     held_sums,
     load_tile,
-    merge_moments,
-    merge_sums,
     place,
-    publish_moments,
-    publish_sums,
     read_statistics,
     rstd_of,
     slab_groups,
     start_gradient,
+    without,
     write_row_sums,
     write_statistics,
 )
@@ -72,8 +70,8 @@ def split_forward(
 
 @kernel
 def split_backward(
-    X, DY, DX, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, MASK, MEAN, RSTD, LOW, DRESIDUAL, SUMS, N, PARTIALS, COUNTERS,
-    slabs, across, VECTORS,
+    X, DY, DX, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, MASK, MEAN, RSTD, LOW, LOST, DRESIDUAL, SUMS, N, PARTIALS,
+    COUNTERS, slabs, across, VECTORS,
     VECTOR: tl.constexpr, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
@@ -93,14 +91,17 @@ def split_backward(
         xhat, dz, gain = start_gradient(x, dy, mean, low, rstd, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, n, channel, at,
                                         steps, inside, real, S, C, G, LAYOUT, ACTIVATION)  # fmt: skip
         if PHASE < 2:
-            count, s1, s2 = held_sums(dz, xhat, gain, real, rows, cols, MASK, PER_GROUP, GROUPS)
-            publish_sums(PARTIALS, slab, part, count, s1, s2, BLOCK)
+            count, s1, s2, s0 = held_sums(dz, xhat, gain, real, rows, cols, MASK, LOST, PER_GROUP, GROUPS)
+            publish_sums(PARTIALS, slab, part, count, s1, s2, s0, BLOCK)
             if SUMS is not None:
                 a, b = tl.sum(dz, 1), tl.sum(dz * xhat, 1)
                 write_row_sums(SUMS, n, part % across, across, channel, rows, a, b, N, C)
         if PHASE == 0:
             barrier(COUNTERS + lane, parts, part == 0)
         if PHASE != 1:
-            count, s1, s2 = merge_sums(PARTIALS, slab, parts, GROUPS, BLOCK)
+            count, s1, s2, lost = merge_sums(PARTIALS, LOST, slab, parts, mean, rstd, GROUPS, BLOCK)
+            if LOST is not None and part == 0:
+                tl.store(LOST + spot, lost, mask=exists)
+            xhat = without(xhat, lost, LOST, PER_GROUP)
             finish_gradient(xhat, dz, gain, rstd, count, s1, s2, DX, DRESIDUAL, MASK, at, steps, inside, real,
                             PER_GROUP)  # fmt: skip

@@ -27,9 +27,9 @@ import triton.language as tl
 from groupnorm._engines.gpu.epilogue import activate, gain_and_offset, slope
 
 __all__ = [
-    "finish", "finish_gradient", "held_moments", "held_sums", "load_tile", "merge", "merge_moments", "merge_sums",
-    "place", "publish_moments", "publish_sums", "read_statistics", "rstd_of", "slab_groups", "start_gradient",
-    "write_row_sums", "write_statistics",
+    "finish", "finish_gradient", "held_moments", "held_rest", "held_sums", "lacking", "load_tile", "merge", "place",
+    "read_statistics", "rstd_of", "slab_groups", "start_gradient", "two_sum", "without", "write_row_sums",
+    "write_statistics",
 ]  # fmt: skip
 
 
@@ -161,11 +161,20 @@ def _counts(real, rows, cols, MASK, ACC: tl.constexpr, PER_GROUP: tl.constexpr, 
 
 
 @triton.jit
-def _two_sum(a, b):
+def two_sum(a, b):
     """a + b, and what rounding takes from it (Knuth, The Art of Computer Programming, vol. 2, 4.2.2)."""
     total = a + b
     of_b = total - a
     return total, (a - (total - of_b)) + (b - of_b)
+
+
+@triton.jit
+def _quotient(a, b):
+    """a/b, rounded once; the plain one is off by 2 roundings in float32."""
+    if a.dtype == tl.float64:
+        return a / b
+    else:
+        return tl.div_rn(a, b)
 
 
 @triton.jit
@@ -175,10 +184,19 @@ def held_moments(x, real, rows, cols, MASK, PER_GROUP: tl.constexpr, GROUPS: tl.
     share = 1.0 / tl.maximum(count, 1.0)
     start = _to_groups(tl.sum(x, 1), PER_GROUP, GROUPS) * share
     d = tl.where(real, x - _to_rows(start, PER_GROUP, x.shape[0]), 0.0)
-    beside = _to_groups(tl.sum(d, 1), PER_GROUP, GROUPS) * share
+    # Divided, not multiplied: of equal elements d is one step of rounding at most, so that this is exactly it.
+    beside = _quotient(_to_groups(tl.sum(d, 1), PER_GROUP, GROUPS), tl.maximum(count, 1.0))
     m2 = _to_groups(tl.sum(d * d, 1), PER_GROUP, GROUPS) - count * beside * beside
-    mean, low = _two_sum(start, beside)
+    mean, low = two_sum(start, beside)
     return count, mean, low, tl.where(m2 < 0, 0.0, m2)
+
+
+@triton.jit
+def held_rest(x, mean, real, rows, cols, MASK, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """What a mean that the caller gave lacks, of a tile that is a whole slab."""
+    d = tl.where(real, x - _to_rows(mean, PER_GROUP, x.shape[0]), 0.0)
+    count = _counts(real, rows, cols, MASK, x.dtype, PER_GROUP, GROUPS)
+    return lacking(_to_groups(tl.sum(d, 1), PER_GROUP, GROUPS), count, mean)
 
 
 @triton.jit
@@ -189,28 +207,8 @@ def merge(count, mean, low, m2, other_count, other_mean, other_low, other_m2):
     delta = tl.where(both, (other_mean - mean) + (other_low - low), 0.0)
     share = other_count / tl.maximum(total, 1.0)
     start = tl.where(count > 0, mean, other_mean)
-    merged, rest = _two_sum(start, tl.where(count > 0, low, other_low) + delta * share)
+    merged, rest = two_sum(start, tl.where(count > 0, low, other_low) + delta * share)
     return total, merged, rest, m2 + other_m2 + delta * delta * count * share
-
-
-@triton.jit
-def merge_moments(PARTIALS, slab, parts, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Moments that all parts of a slab left, together: the same rule for all at once. Means are merged as distances
-    from one of them, so that equal ones stay what they are.
-    """
-    count = gather(PARTIALS, slab, parts, 0, GROUPS, BLOCK)
-    mean = gather(PARTIALS, slab, parts, 1, GROUPS, BLOCK)
-    low = gather(PARTIALS, slab, parts, 2, GROUPS, BLOCK)
-    m2 = gather(PARTIALS, slab, parts, 3, GROUPS, BLOCK)
-    total = tl.sum(count, 1)
-    share = 1.0 / tl.maximum(total, 1.0)
-    pivot = tl.max(tl.where(count > 0, mean, float("-inf")), 1)
-    pivot = tl.where(total > 0, pivot, 0.0)
-    near = tl.where(count > 0, (mean - pivot[:, None]) + low, 0.0)
-    beside = tl.sum(count * near, 1) * share
-    d = tl.where(count > 0, near - beside[:, None], 0.0)
-    merged, rest = _two_sum(pivot, beside)
-    return total, merged, rest, tl.sum(m2, 1) + tl.sum(count * d * d, 1)
 
 
 @triton.jit
@@ -220,7 +218,7 @@ def rstd_of(count, m2, EPS: tl.constexpr):
     if m2.dtype == tl.float64:
         return 1.0 / tl.sqrt(var)
     else:
-        return tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var))  # the plain ones are off by 2 roundings
+        return tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var))  # as in `_quotient`
 
 
 @triton.jit
@@ -247,54 +245,14 @@ def read_statistics(MEAN, RSTD, LOW, at, exists):
     return mean, low, tl.load(RSTD + at, mask=exists, other=0.0)
 
 
-# ---- what parts tell each other --------------------------------------------------------------------------------------
-
-
 @triton.jit
-def publish(PARTIALS, slab, part, which: tl.constexpr, value, BLOCK: tl.constexpr):
-    """Leave a number of each group where the other parts of the slab find it: PARTIALS (slabs, 4, GROUPS, BLOCK), in
-    the type of the arithmetic.
+def lacking(total, count, mean):
+    """What a mean that the caller gave lacks, rounded as it is to its type: `total` is the sum of x - mean (or of xhat,
+    then `mean` is mean*rstd). One that is off by four roundings was meant as something else, and stays as it is.
     """
-    GROUPS: tl.constexpr = value.shape[0]
-    tl.store(PARTIALS + ((slab * 4 + which) * GROUPS + tl.arange(0, GROUPS)) * BLOCK + part, value)
-
-
-@triton.jit
-def publish_moments(PARTIALS, slab, part, count, mean, low, m2, BLOCK: tl.constexpr):
-    """Leave the moments of a part."""
-    publish(PARTIALS, slab, part, 0, count, BLOCK)
-    publish(PARTIALS, slab, part, 1, mean, BLOCK)
-    publish(PARTIALS, slab, part, 2, low, BLOCK)
-    publish(PARTIALS, slab, part, 3, m2, BLOCK)
-
-
-@triton.jit
-def publish_sums(PARTIALS, slab, part, count, s1, s2, BLOCK: tl.constexpr):
-    """Leave a part's count and its sums of dxhat and of dxhat*xhat."""
-    publish(PARTIALS, slab, part, 0, count, BLOCK)
-    publish(PARTIALS, slab, part, 1, s1, BLOCK)
-    publish(PARTIALS, slab, part, 2, s2, BLOCK)
-
-
-@triton.jit
-def gather(PARTIALS, slab, parts, which: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """What all parts of a slab left, (GROUPS, BLOCK), 0 beyond them. Read from L2: a multiprocessor's own cache may
-    hold what lay there before.
-    """
-    part = tl.arange(0, BLOCK)[None, :] + tl.zeros([GROUPS, 1], tl.int32)
-    group = tl.arange(0, GROUPS)[:, None]
-    at = PARTIALS + ((slab * 4 + which) * GROUPS + group) * BLOCK + part
-    return tl.load(at, mask=part < parts, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def merge_sums(PARTIALS, slab, parts, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """The counts and sums that all parts of a slab left, together, added in the order of the parts."""
-    return (
-        tl.sum(gather(PARTIALS, slab, parts, 0, GROUPS, BLOCK), 1),
-        tl.sum(gather(PARTIALS, slab, parts, 1, GROUPS, BLOCK), 1),
-        tl.sum(gather(PARTIALS, slab, parts, 2, GROUPS, BLOCK), 1),
-    )
+    ROUNDING: tl.constexpr = 2.0**-51 if mean.dtype == tl.float64 else 2.0**-22
+    lost = total / tl.maximum(count, 1.0)
+    return tl.where(tl.abs(lost) <= tl.abs(mean) * ROUNDING, lost, 0.0)
 
 
 # ---- forward and backward of a tile ----------------------------------------------------------------------------------
@@ -306,6 +264,14 @@ def _normalize(x, mean, low, rstd, PER_GROUP: tl.constexpr):
     ROWS: tl.constexpr = x.shape[0]
     centred = (x - _to_rows(mean, PER_GROUP, ROWS)) - _to_rows(low, PER_GROUP, ROWS)
     return centred * _to_rows(rstd, PER_GROUP, ROWS)
+
+
+@triton.jit
+def without(xhat, lost, LOST, PER_GROUP: tl.constexpr):
+    """xhat of a tile without what its groups' means lacked."""
+    if LOST is not None:
+        xhat = xhat - _to_rows(lost, PER_GROUP, xhat.shape[0])
+    return xhat
 
 
 @triton.jit
@@ -339,14 +305,19 @@ def start_gradient(x, dy, mean, low, rstd, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL,
 
 
 @triton.jit
-def held_sums(dz, xhat, gain, real, rows, cols, MASK, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """The count, and the sums of dxhat = dz*gain and of dxhat*xhat, of each group's part of a tile."""
+def held_sums(dz, xhat, gain, real, rows, cols, MASK, LOST, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """The count, and the sums of dxhat = dz*gain, of dxhat*xhat and, where LOST wants it, of xhat, of each group's
+    part of a tile. Rows beyond the slab have the next one's gain, and dz = 0: if that gain is infinite or NaN it must
+    not get in.
+    """
+    if gain.shape[1] == 1:
+        gain = tl.where(tl.arange(0, gain.shape[0])[:, None] < rows, gain, 0.0)
     d = dz * gain
-    return (
-        _counts(real, rows, cols, MASK, dz.dtype, PER_GROUP, GROUPS),
-        _to_groups(tl.sum(d, 1), PER_GROUP, GROUPS),
-        _to_groups(tl.sum(d * xhat, 1), PER_GROUP, GROUPS),
-    )
+    count = _counts(real, rows, cols, MASK, dz.dtype, PER_GROUP, GROUPS)
+    s0 = tl.zeros_like(count)
+    if LOST is not None:
+        s0 = _to_groups(tl.sum(xhat, 1), PER_GROUP, GROUPS)
+    return count, _to_groups(tl.sum(d, 1), PER_GROUP, GROUPS), _to_groups(tl.sum(d * xhat, 1), PER_GROUP, GROUPS), s0
 
 
 @triton.jit

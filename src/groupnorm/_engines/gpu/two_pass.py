@@ -9,6 +9,7 @@ less what L2 held. Nobody waits: the second launch begins when the first one is 
 import triton.language as tl
 
 from groupnorm._engines.gpu.compiler import kernel
+from groupnorm._engines.gpu.parts import merge_moments, merge_sums, publish_moments, publish_sums
 from groupnorm._engines.gpu.sync import arrive
 from groupnorm._engines.gpu.tiles import (
     finish,
@@ -17,15 +18,12 @@ from groupnorm._engines.gpu.tiles import (
     held_sums,
     load_tile,
     merge,
-    merge_moments,
-    merge_sums,
     place,
-    publish_moments,
-    publish_sums,
     read_statistics,
     rstd_of,
     slab_groups,
     start_gradient,
+    without,
     write_row_sums,
     write_statistics,
 )
@@ -93,13 +91,13 @@ def apply_forward(
 
 @kernel
 def sums_of_slabs(
-    X, DY, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, MASK, MEAN, RSTD, LOW, SUMS, N, TOTALS, PARTIALS, COUNTERS, parts,
-    across, tiles, VECTORS,
+    X, DY, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, MASK, MEAN, RSTD, LOW, LOST, SUMS, N, TOTALS, PARTIALS, COUNTERS,
+    parts, across, tiles, VECTORS,
     VECTOR: tl.constexpr, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr, LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """The sums by channel of each part, and, as TOTALS (3, N*G), each group's count and sums of dxhat and
-    dxhat*xhat.
+    dxhat*xhat; as LOST (N*G) by how much xhat is off.
     """
     PER_GROUP: tl.constexpr = C // G
     ACC: tl.constexpr = tl.float64 if X.dtype.element_ty == tl.float64 else tl.float32
@@ -111,7 +109,8 @@ def sums_of_slabs(
     spot, exists = slab_groups(n, group, G, P, GROUPS)
     mean, low, rstd = read_statistics(MEAN, RSTD, LOW, spot, exists)
     a, b = tl.full([ROWS], 0.0, ACC), tl.full([ROWS], 0.0, ACC)
-    count, s1, s2 = tl.full([GROUPS], 0.0, ACC), tl.full([GROUPS], 0.0, ACC), tl.full([GROUPS], 0.0, ACC)
+    count, s1 = tl.full([GROUPS], 0.0, ACC), tl.full([GROUPS], 0.0, ACC)
+    s2, s0 = tl.full([GROUPS], 0.0, ACC), tl.full([GROUPS], 0.0, ACC)
     for inner in range(tiles):
         n, group, channel, rows, cols, at, steps, inside, real = place(
             slab, part, across, inner, tiles, MASK, S, C, G, P, ROWS, COLS, LAYOUT
@@ -120,25 +119,27 @@ def sums_of_slabs(
         dy = load_tile(DY, at, steps, real, "")
         xhat, dz, gain = start_gradient(x, dy, mean, low, rstd, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, n, channel, at,
                                         steps, inside, real, S, C, G, LAYOUT, ACTIVATION)  # fmt: skip
-        c, d, e = held_sums(dz, xhat, gain, real, rows, cols, MASK, PER_GROUP, GROUPS)
-        count, s1, s2 = count + c, s1 + d, s2 + e
+        c, d, e, f = held_sums(dz, xhat, gain, real, rows, cols, MASK, LOST, PER_GROUP, GROUPS)
+        count, s1, s2, s0 = count + c, s1 + d, s2 + e, s0 + f
         if SUMS is not None:
             a, b = a + tl.sum(dz, 1), b + tl.sum(dz * xhat, 1)
     if SUMS is not None:
         write_row_sums(SUMS, n, part % across, across, channel, rows, a, b, N, C)
     if TOTALS is not None:
-        publish_sums(PARTIALS, slab, part, count, s1, s2, BLOCK)
+        publish_sums(PARTIALS, slab, part, count, s1, s2, s0, BLOCK)
         if arrive(COUNTERS + slab) == parts - 1:
-            count, s1, s2 = merge_sums(PARTIALS, slab, parts, GROUPS, BLOCK)
+            count, s1, s2, lost = merge_sums(PARTIALS, LOST, slab, parts, mean, rstd, GROUPS, BLOCK)
             tl.store(TOTALS + spot, count, mask=exists)
             tl.store(TOTALS + N * G + spot, s1, mask=exists)
             tl.store(TOTALS + 2 * N * G + spot, s2, mask=exists)
+            if LOST is not None:
+                tl.store(LOST + spot, lost, mask=exists)
             tl.store(COUNTERS + slab, 0)
 
 
 @kernel
 def apply_gradient(
-    X, DY, DX, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, MASK, MEAN, RSTD, LOW, DRESIDUAL, TOTALS, N, parts, across,
+    X, DY, DX, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, MASK, MEAN, RSTD, LOW, LOST, DRESIDUAL, TOTALS, N, parts, across,
     VECTORS,
     VECTOR: tl.constexpr, C: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     GROUPS: tl.constexpr, LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -159,4 +160,6 @@ def apply_gradient(
     count = tl.load(TOTALS + spot, mask=exists, other=1.0)
     s1 = tl.load(TOTALS + N * G + spot, mask=exists, other=0.0)
     s2 = tl.load(TOTALS + 2 * N * G + spot, mask=exists, other=0.0)
+    if LOST is not None:
+        xhat = without(xhat, tl.load(LOST + spot, mask=exists, other=0.0), LOST, PER_GROUP)
     finish_gradient(xhat, dz, gain, rstd, count, s1, s2, DX, DRESIDUAL, MASK, at, steps, inside, real, PER_GROUP)
