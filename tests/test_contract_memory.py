@@ -1,6 +1,7 @@
 """The contract of an engine, part 2: where arrays lie. Any strides, byte orders and alignments; out= and in place."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -256,6 +257,34 @@ def test_out_overlaps_a_parameter(engine: Engine) -> None:
 def test_out_with_statistics_and_mask(engine: Engine, layout: str) -> None:
     drawn = draw(Case(SHAPE, 3, layout=layout, mask=True, residual=True))
     check_forward(engine, drawn, out=np.full_like(drawn.x, np.nan))
+
+
+@layouts
+@pytest.mark.parametrize("spatial", [(5, 5), (5, 7), (1, 7)], ids=str)
+def test_mask_and_an_out_that_no_kernel_fills(engine: Engine, layout: str, spatial: tuple[int, int]) -> None:
+    """x's positions in another order in memory, or an axis of length 1: the mask is the caller's all the same."""
+    drawn = draw(Case((2, 8, *spatial), 4, layout=layout, mask=True))
+    a, b = (2, 3) if layout == "NCHW" else (1, 2)
+    drawn = replace(drawn, x=drawn.x.swapaxes(a, b).copy().swapaxes(a, b))
+    want = engine.group_norm(drawn.x, 4, **drawn.options)
+    out = np.full((*drawn.x.shape, 2), np.nan, np.float32)[..., 0]
+    assert np.array_equal(engine.group_norm(drawn.x, 4, **drawn.options, out=out), want)
+    check_forward(engine, drawn)
+
+
+def test_out_of_another_byte_order(engine: Engine) -> None:
+    x = draw(Case((2, 8, 5, 7), 4)).x
+    want = engine.group_norm(x, 4)
+    swapped = x.astype(x.dtype.newbyteorder())
+    assert engine.group_norm(swapped, 4, out=swapped) is swapped
+    assert np.array_equal(swapped, want)
+
+
+def test_out_that_stands_for_many_is_refused(engine: Engine) -> None:
+    x = draw(Case((2, 8, 5, 7), 4)).x
+    out = np.lib.stride_tricks.as_strided(np.empty_like(x), x.shape, (0, *x.strides[1:]))
+    with pytest.raises(gn.ShapeError, match="memory of its own"):
+        engine.group_norm(x, 4, out=out)
 
 
 def test_normalize_into_out(engine: Engine) -> None:

@@ -328,3 +328,16 @@ def test_memory_behind_an_array_is_not_read(layout: str, masked: bool) -> None:
         "            gn.group_norm_vjp(dy, x, 3, weight, bias, layout=layout, mask=mask)\n"
         "            assert np.isfinite(y).all()\n"
     )
+
+
+def test_a_signal_handler_or_finalizer_in_the_middle(monkeypatch: Any) -> None:
+    """It finds its own thread at work on the blocks: it does without them, and does not wait for itself."""
+    found: list[Any] = []
+
+    def interrupted() -> None:
+        gn.empty_cache()
+        found.append(buffers.lend(1 << 20))
+
+    monkeypatch.setattr(buffers, "_take_in", interrupted)
+    assert buffers.lend(1 << 20) is not None
+    assert found == [None]

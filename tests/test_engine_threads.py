@@ -339,3 +339,22 @@ def test_installed_where_nothing_can_be_written(tmp_path: Path) -> None:
     before = set(copy.rglob("*"))
     assert python(CALL, source=copy, **nowhere) == python(CALL)
     assert set(copy.rglob("*")) == before
+
+
+def test_no_more_threads() -> None:
+    """Where the system starts no thread, those that are there do the work."""
+    done = python("""
+import threading
+import numpy as np, groupnorm as gn
+
+def start(self):
+    raise RuntimeError("can't start new thread")
+
+x = np.random.default_rng(0).standard_normal((4, 32, 64, 64)).astype(np.float32)
+gn.set_num_threads(1)
+want = gn.group_norm(x, 4)
+threading.Thread.start = start
+gn.set_num_threads(4)
+print(all(np.array_equal(gn.group_norm(x, 4), want) for _ in range(3)))
+""")
+    assert done.strip() == "True"

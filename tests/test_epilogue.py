@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("numba")
 special = pytest.importorskip("scipy.special")
 
+import groupnorm as gn  # noqa: E402
 from groupnorm._engines.cpu.compiler import compiled  # noqa: E402
 from groupnorm._engines.cpu.epilogue import (  # noqa: E402
     ACTIVATION_CODES,
@@ -262,6 +263,15 @@ def test_infinity_and_nan(name: str, dtype: Any) -> None:
 def test_infinity_where_no_product_is_in_the_way(name: str) -> None:
     got = computed(name, np.array([-np.inf, np.inf], np.float32))
     assert tuple(got) == LIMITS[name]
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh", "hardswish"])
+def test_infinity_goes_through(activation: str) -> None:
+    """Where 0*infinity does not come up: what overflowed stays visible."""
+    x = np.random.default_rng(0).standard_normal((1, 4, 50)).astype(np.float32)
+    residual = np.zeros_like(x)
+    residual[0, 1, 3] = np.inf
+    assert gn.group_norm(x, 2, activation=activation, residual=residual)[0, 1, 3] == np.inf
 
 
 def test_exact_places() -> None:

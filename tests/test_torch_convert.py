@@ -616,3 +616,55 @@ def test_batch_norm_becomes_a_group_norm(affine):
     assert type(model[0]) is gnt.GroupNorm
     torch.testing.assert_close(model(x), want.relu(), rtol=1e-3, atol=1e-3)
     model(x).sum().backward()
+
+
+def test_tracing_does_not_call_train():
+    """A module's train may do more than set flags; and a compiled one keeps its own."""
+
+    class Merging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.after, self.calls = nn.GroupNorm(2, 4), nn.ReLU(), 0
+
+        def train(self, mode=True):
+            self.calls += 1
+            return super().train(mode)
+
+        def forward(self, x):
+            return self.after(self.norm(x))
+
+    model = nn.Sequential(Merging(), torch.jit.script(nn.Dropout()))
+    before = model[0].calls
+    gnt.convert(model, across_modules=True)
+    assert model[0].calls == before
+    assert all(module.training for module in model.modules())
+
+
+def test_batch_norms_that_are_left_alone():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4))
+    model[0].forward = functools.partial(torch.relu)
+    report = gnt.convert(model, batch_norm=True)
+    assert [(change.name, change.action) for change in report.changes] == [
+        ("0", "skipped"), ("1", "skipped"), ("2", "replaced"),
+    ]  # fmt: skip
+
+
+def test_names_that_are_taken():
+    norm = nn.GroupNorm(2, 4)
+    norm.activation = nn.ReLU()
+    report = gnt.convert(nn.Sequential(norm))
+    assert report.count("skipped") == 1
+    assert type(norm) is nn.GroupNorm
+    assert isinstance(norm.activation, nn.ReLU)
+
+
+def test_nothing_is_fused_into_a_norm_that_has_an_activation():
+    model = nn.Sequential(gnt.GroupNorm(2, 4, activation="silu"), nn.ReLU())
+    assert gnt.convert(model).count("fused") == 0
+
+
+def test_a_norm_that_was_parametrized_afterwards_is_reported():
+    model = nn.Sequential(nn.GroupNorm(2, 4))
+    gnt.convert(model)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    assert gnt.revert(model).count("skipped") == 1

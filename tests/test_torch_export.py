@@ -140,3 +140,34 @@ def test_onnx_has_the_operator(name, caplog):
     for x in (torch.randn(2, 8, 5, 6), 3 * torch.randn(4, 8, 9, 6) + 1):
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         np.testing.assert_allclose(y, model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def second_derivative(model, x):
+    x = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad((model(x) ** 3).sum(), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), x)[0]
+
+
+class Own(torch.Tensor):
+    """A class of somebody's own."""
+
+
+def test_what_exported_and_traced_models_may_be_asked_for():
+    """A second derivative, and a tensor of another class."""
+    model, x = nn.Sequential(gnt.GroupNorm(4, 8, activation="silu")), torch.randn(2, 8, 5)
+    want = second_derivative(model, x)
+    for out in (torch.export.export(model, (x,)).module(), torch.jit.trace(model, (x,))):
+        torch.testing.assert_close(second_derivative(out, x), want)
+        y = out(x.as_subclass(Own))
+        torch.testing.assert_close(y.as_subclass(torch.Tensor), model(x))
+
+
+@pytest.mark.slow
+def test_transforms_are_compiled():
+    x, weight = torch.randn(2, 8, 5), torch.randn(8)
+    ramp = torch.arange(5.0)
+    gradient = torch.func.grad(lambda x: (gnt.group_norm(x, 4).square() * ramp).sum())
+    torch.testing.assert_close(torch.compile(gradient)(x), gradient(x), rtol=1e-4, atol=1e-4)
+    for_one = torch.func.grad(lambda w, x: gnt.group_norm(x[None], 4, w, w).square().sum())
+    each = torch.func.vmap(for_one, in_dims=(None, 0))
+    torch.testing.assert_close(torch.compile(each)(weight, x), each(weight, x), rtol=1e-4, atol=1e-4)

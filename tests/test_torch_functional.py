@@ -330,3 +330,38 @@ def test_bad_input(case):
         warnings.simplefilter("ignore")
         with pytest.raises(gn.GroupNormError, match=message):
             gnt.group_norm(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 1, 16), (2, 8, 1, 4, 5), (2, 8, 3, 1, 4)], ids=str)
+def test_mask_with_an_axis_of_length_1(shape):
+    x, mask = torch.randn(shape, requires_grad=True), torch.rand(shape[0], *shape[2:]) < 0.6
+    y = gnt.group_norm(x, 4, mask=mask)
+    want = composite.group_norm(x, 4, None, None, 1e-5, None, None, None, None, mask)
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(*(torch.autograd.grad(z.square().sum(), x)[0] for z in (y, want)), atol=1e-4, rtol=1e-4)
+    assert torch.equal(gnt.moments(x.detach(), 4, mask=mask).count, mask.flatten(1).sum(1)[:, None].expand(-1, 4) * 2.0)
+
+
+def test_large_results_may_be_changed_in_place():
+    """They lie in recycled memory, and are no views of it for autograd."""
+    x = torch.randn(4, 64, 128, 128, requires_grad=True)
+    y = gnt.group_norm(x, 8)
+    assert not y._is_view()
+    F.relu_(y).sum().backward()
+    with torch.no_grad():
+        features = gnt.group_norm(x, 8)
+    features += torch.ones(1, requires_grad=True)
+    features.detach_()
+
+
+def test_an_eps_that_changes():
+    x, eps = torch.randn(2, 8, 5), torch.tensor(1e-5)
+    gnt.group_norm(x, 4, eps=eps)
+    eps.fill_(1.0)
+    torch.testing.assert_close(gnt.group_norm(x, 4, eps=eps), F.group_norm(x, 4, eps=1.0))
+
+
+def test_fields_of_moments_are_contiguous():
+    x = torch.randn(2, 8, 5)
+    for m in (gnt.moments(x, 4), gnt.moments(x.requires_grad_(), 4)):
+        assert all(field.is_contiguous() for field in (m.count, m.mean, m.m2))

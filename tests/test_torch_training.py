@@ -223,3 +223,58 @@ def test_opacus_finds_per_sample_gradients(activation, monkeypatch):
     assert len(calls) == 2
     for parameter, gradients in zip(model.parameters(), zip(*want, strict=True), strict=True):
         torch.testing.assert_close(parameter.grad_sample, torch.stack(gradients), rtol=1e-4, atol=1e-3)
+
+
+def test_gradients_that_are_to_be_differentiated_where_inputs_depend_on_each_other():
+    """x made from the residual, or the same tensor: what goes from one to the other counts once."""
+    x, dy = torch.randn(2, 8, 5, requires_grad=True), torch.randn(2, 8, 5)
+    weight = torch.randn(8, requires_grad=True)
+    calls = (
+        lambda: gnt.group_norm(2 * x, 4, residual=x),
+        lambda: gnt.group_norm(x, 4, residual=x),
+        lambda: gnt.group_norm(x, 4, weight, 2 * weight, scale=x.mean(2), activation="silu"),
+    )
+    for make in calls:
+        y = make()
+        (first,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        (again,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        batch = torch.autograd.grad(y, x, torch.stack((dy, dy)), is_grads_batched=True)[0]
+        torch.testing.assert_close(again, first)
+        torch.testing.assert_close(batch, torch.stack((first, first)))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_saved_tensors_that_come_back_with_other_strides(memory_format):
+    """What a hook packs may be contiguous afterwards, as torch.autograd.graph.save_on_cpu leaves it."""
+    x = torch.randn(3, 12, 7, 5).to(memory_format=memory_format)[:, :8].requires_grad_()
+    scale = torch.randn(8, 3).t().requires_grad_()
+    mask = torch.rand(3, 5, 7).swapaxes(1, 2) < 0.7
+
+    def gradients():
+        y = gnt.group_norm(x, 4, scale=scale, mask=mask)
+        return torch.autograd.grad(y.square().sum(), (x, scale))
+
+    want = gradients()
+    pack = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+    )
+    with pack:
+        got = gradients()
+    for found in (got, gradients()):
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_expanded_weights():
+    """PyTorch's own per-sample gradients, of a converted model."""
+    per_sample = pytest.importorskip("torch.nn.utils._per_sample_grad").call_for_per_sample_grads
+    model = nn.Sequential(nn.Conv1d(8, 8, 1), nn.GroupNorm(4, 8), nn.ReLU())
+    x = torch.randn(3, 8, 5)
+    per_sample(model)(x).sum().backward()
+    want = [parameter.grad_sample for parameter in model.parameters()]
+    for parameter in model.parameters():
+        del parameter.grad_sample
+    gnt.convert(model)
+    per_sample(model)(x).sum().backward()
+    for parameter, wanted in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad_sample, wanted, rtol=1e-4, atol=1e-4)

@@ -47,7 +47,7 @@ def group_norm(
         "forward", num_groups, num_groups.__class__, eps, layout, activation, uneven, impl, get_num_threads(), _form(x),
         _form(weight), _form(bias), _form(scale), _form(shift), _form(residual), _form(mask), _form(out),
     )  # fmt: skip
-    known = _recall(key)
+    known, asked = _recall(key), mask
     if known is None:
         options = Options("forward", num_groups, eps, layout, activation, uneven)
         arrays = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
@@ -60,7 +60,7 @@ def group_norm(
     if out is not None and not call.takes(out, (x, residual), (weight, bias, scale, shift, mask)):
         y, mean, rstd = group_norm(
             x, num_groups, weight, bias, eps=eps, layout=layout, activation=activation, scale=scale, shift=shift,
-            residual=residual, mask=mask, uneven=uneven, return_stats=True, impl=impl,
+            residual=residual, mask=asked, uneven=uneven, return_stats=True, impl=impl,
         )  # fmt: skip
         np.copyto(out, y)
         return (out, mean, rstd) if return_stats else out
@@ -79,9 +79,9 @@ def group_norm_vjp(
 
     Arguments are those of `group_norm`; dy has x's shape. mean and rstd, (N, G), are what `return_stats` gave; without
     them they are computed again. Returns `Gradients`, a named tuple; an entry is None where the forward had no such
-    argument, and has the dtype of that argument otherwise. The activation is computed again from x, so nothing else
-    need be saved. Raises as `group_norm` does. Cost: x and dy are read once and dx written once where a group fits in
-    cache. Source: equations (9) to (14) of `groupnorm.reference`.
+    argument, and has the dtype of that argument otherwise, dresidual that of x. The activation is computed again from
+    x, so nothing else need be saved. Raises as `group_norm` does. Cost: x and dy are read once and dx written once
+    where a group fits in cache. Source: equations (9) to (14) of `groupnorm.reference`.
     """
     key = (
         "backward", num_groups, num_groups.__class__, eps, layout, activation, uneven, impl, get_num_threads(),
@@ -147,9 +147,8 @@ def normalize(
     """
     given: Any = m
     if not isinstance(given, Moments) or given.mean.ndim != 2:
-        raise GroupNormError(
-            f"m must be Moments of shape (N, G): got {type(m).__name__}; make them with groupnorm.moments"
-        )
+        got = f"the shape {m.mean.shape}" if isinstance(given, Moments) else type(m).__name__
+        raise GroupNormError(f"m must be Moments of shape (N, G): got {got}; make them with groupnorm.moments")
     groups = m.mean.shape[1]
     key = (
         "normalize", groups, eps, layout, activation, uneven, get_num_threads(), _form(x), _form(weight), _form(bias),

@@ -111,7 +111,7 @@ def prepare(options: Options, arrays: dict[str, Array]) -> tuple[Call, dict[str,
     if arrays.get("out") is not None:
         given["out"] = out = _check_out(arrays["out"], x)
         found = walk(out.shape, out.strides, out.itemsize, axis, order)
-        fills_out = found is not None and (found.c if channels_last else found.s) == 1
+        fills_out = found is not None and (found.c if channels_last else found.s) == 1 and out.dtype.isnative
         if found is not None and fills_out:
             walks["y"] = found
 
@@ -149,9 +149,7 @@ def _floats(name: str, value: Any) -> Array:
     """value as a plain array of one of our types; the same object if it is one already."""
     if value is None:
         raise DtypeError(f"{name} must be an array: got None")
-    if isinstance(value, np.ma.MaskedArray):
-        raise DtypeError(f"{name} must be a plain array: got a masked one, whose mask would be lost; pass {name}.data, "
-                         "and for x mask=, True where a position is real")  # fmt: skip
+    _refuse_masked(name, value)
     if hasattr(value, "__cuda_array_interface__"):
         raise DtypeError(f"{name} must be an array in host memory: got {type(value).__name__} in GPU memory; use "
                          "groupnorm.cuda, or groupnorm.torch for tensors")  # fmt: skip
@@ -163,6 +161,12 @@ def _floats(name: str, value: Any) -> Array:
         raise DtypeError(f"{name} must be of type {', '.join(DTYPES)}: got {array.dtype}; convert it, e.g. with "
                          f"{name}.astype(numpy.float32)")  # fmt: skip
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _refuse_masked(name: str, value: Any) -> None:
+    if isinstance(value, np.ma.MaskedArray):
+        raise DtypeError(f"{name} must be a plain array: got a masked one, whose mask would be lost; pass {name}.data, "
+                         "and for x mask=, True where a position is real")  # fmt: skip
 
 
 def _differs(array: Array, dtype: Any) -> bool:
@@ -182,14 +186,17 @@ def _stored(array: Array, stored: tuple[int, ...]) -> Array:
 def _check_out(out: Any, x: Array) -> Array:
     if not isinstance(out, np.ndarray):
         raise DtypeError(f"out must be a NumPy array: got {type(out).__name__}")
-    if out.dtype != x.dtype:
+    if out.dtype.newbyteorder("=") != x.dtype:
         raise DtypeError(f"out must have x's type: got {out.dtype}, x is {x.dtype}")
     _check_shape("out", out, x.shape, "x's shape")
+    if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+        raise ShapeError("out must have memory of its own for each element: got a broadcast array; pass a copy")
     return out
 
 
 def _check_mask(mask: Any, shape: tuple[int, ...], axis: int, order: tuple[int, ...]) -> Array:
     """The mask with its positions in the order in which x is walked, contiguous."""
+    _refuse_masked("mask", mask)
     try:
         array = np.asarray(mask)
     except (ValueError, TypeError) as error:

@@ -49,7 +49,8 @@ class PendingFile:
             self.temporary, descriptor = self._create()
             self.file = os.fdopen(descriptor, "wb")
             if mode is not None and hasattr(os, "fchmod"):
-                os.fchmod(descriptor, stat.S_IMODE(mode))  # who may read the old file may read the new one, nobody else
+                with contextlib.suppress(OSError):  # file systems without permissions
+                    os.fchmod(descriptor, stat.S_IMODE(mode))  # who may read the old file may read the new one
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

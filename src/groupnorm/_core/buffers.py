@@ -18,6 +18,7 @@ import os
 import platform
 import threading
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +52,8 @@ class _Span(NamedTuple):
 
 _returned: deque[_Span] = deque()  # what came back since the last look; appended to from any thread, without a lock
 _free: list[_Span] = []  # what is free, the piece that came back last at the end
-_lock = threading.Lock()
+_lock = threading.RLock()
+_busy = False  # whoever holds the lock is in the middle of something
 _largest = 0  # bytes of the largest output so far
 _held = 0  # bytes of all blocks
 
@@ -78,31 +80,13 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
 
 def lend(size: int) -> Any:
     """Recycled memory of so many bytes as an array of uint8 that begins at a page; None if enough of it is in use."""
-    global _largest, _held
-    room = -(-size // _PAGE) * _PAGE
-    with _lock:
-        before, _largest = _largest, max(_largest, room)
-        _take_in()
-        fitting = [i for i, span in enumerate(_free) if span.size >= room]
-        if fitting:
-            span = _free.pop(min(fitting, key=lambda i: (_free[i].size, -i)))
-            if span.size > room:
-                _free.append(span._replace(start=span.start + room))
-            span = span._replace(stop=span.start + room)
-        else:
-            excess = _held + room - _HELD * _largest
-            if excess > sum(span.size for span in _free if span.is_whole):
-                return None
-            _drop(max(excess, room))
-            try:
-                span = _Span(_new_block(room), 0, room)
-            except OSError:  # the system has no more: the usual allocator is asked, and says so
-                _largest = before
-                return None
-            _held += room
+    with _alone() as alone:
+        span, fresh = _cut_off(-(-size // _PAGE) * _PAGE) if alone else (None, False)
+    if span is None:
+        return None
     # The lease stands right on the mapping: over an array NumPy would look through it and keep that array as the base.
     lease = _Lease((size,), np.uint8, buffer=span.block, offset=span.start)
-    lease.span, lease.fresh = span, not fitting
+    lease.span, lease.fresh = span, fresh
     return lease
 
 
@@ -122,10 +106,52 @@ def first_write(array: Any) -> bool:
 def empty_cache() -> None:
     """Give all recycled memory that is not in use back to the system."""
     global _largest
+    with _alone() as alone:
+        if alone:
+            _largest = 0
+            _take_in()
+            _drop(_held)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[bool]:
+    """Nobody else looks at the spans meanwhile; False for a finalizer or a signal handler that comes in the middle of
+    this thread's own work on them, and has to do without.
+    """
+    global _busy
     with _lock:
-        _largest = 0
-        _take_in()
-        _drop(_held)
+        if _busy:
+            yield False
+            return
+        _busy = True
+        try:
+            yield True
+        finally:
+            _busy = False
+
+
+def _cut_off(room: int) -> tuple[_Span | None, bool]:
+    """A span of so many bytes, and whether it lies in a new block; None where enough memory is in use."""
+    global _largest, _held
+    before, _largest = _largest, max(_largest, room)
+    _take_in()
+    fitting = [i for i, span in enumerate(_free) if span.size >= room]
+    if fitting:
+        span = _free.pop(min(fitting, key=lambda i: (_free[i].size, -i)))
+        if span.size > room:
+            _free.append(span._replace(start=span.start + room))
+        return span._replace(stop=span.start + room), False
+    excess = _held + room - _HELD * _largest
+    if excess > sum(span.size for span in _free if span.is_whole):
+        return None, False
+    _drop(max(excess, room))
+    try:
+        block = _new_block(room)
+    except OSError:  # the system has no more: the usual allocator is asked, and says so
+        _largest = before
+        return None, False
+    _held += room
+    return _Span(block, 0, room), True
 
 
 def _take_in() -> None:
@@ -162,8 +188,8 @@ def _new_block(size: int) -> Any:
 
 def _renew_lock() -> None:
     """In a forked child: whoever held the lock is not there to let go of it."""
-    global _lock
-    _lock = threading.Lock()
+    global _lock, _busy
+    _lock, _busy = threading.RLock(), False
 
 
 if hasattr(os, "register_at_fork"):

@@ -41,9 +41,12 @@ class Walk(NamedTuple):
 
 
 def memory_order(shape: tuple[int, ...], strides: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """The spatial axes (all but 0 and `axis`), outermost in memory first."""
+    """The spatial axes (all but 0 and `axis`), outermost in memory first. Those of length 1, whose strides mean
+    nothing, stay where they are.
+    """
     spatial = [i for i in range(1, len(shape)) if i != axis]
-    return tuple(sorted(spatial, key=lambda i: -strides[i] if shape[i] > 1 else 0))
+    long = iter(sorted((i for i in spatial if shape[i] > 1), key=lambda i: -strides[i]))
+    return tuple(next(long) if shape[i] > 1 else i for i in spatial)
 
 
 def walk(

@@ -90,7 +90,7 @@ def check_eps(eps: Any) -> float:
     """eps as a float; OptionError unless it is finite and not negative."""
     try:
         value = float(eps)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not (math.isfinite(value) and value >= 0):
         raise OptionError(f"eps must be a finite number, at least 0: got {eps!r}; 1e-5 is the usual value")

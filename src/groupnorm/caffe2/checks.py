@@ -55,6 +55,8 @@ def channel_axis(X: Array, order: str) -> int:
 
 def check_array(name: str, value: Any, dtypes: tuple[str, ...]) -> Array:
     """value as an array of one of the types; DtypeError otherwise."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise DtypeError(f"{name} must be a plain array: got a masked one, whose mask would be lost; pass {name}.data")
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:

@@ -49,7 +49,8 @@ class Sink:
                             "or .npz, or save x in C order, e.g. with numpy.ascontiguousarray")  # fmt: skip
         self.pending = PendingFile(path)
         try:
-            free, needed = shutil.disk_usage(self.pending.target.parent).free, form.nbytes + _SPARE
+            with self.pending.writing():
+                free, needed = shutil.disk_usage(self.pending.target.parent).free, form.nbytes + _SPARE
             if free < needed:
                 raise FileError(
                     f"{path}: needs {needed} bytes, got {free} free on its disk; free some, or write elsewhere"

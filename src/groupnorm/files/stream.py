@@ -94,7 +94,11 @@ def group_norm_file(
         work = Work(grid, weights, biases, eps, layout, activation, uneven, keep_stats, form.dtype)
         cut = _cut(grid, form, max_memory, backward_given)
         _check_different([x, backward, weight, bias], y, stats)
-        stats_path = None if stats is None else locate(stats)[0]
+        stats_path, named = (None, None) if stats is None else locate(stats)
+        if named:
+            raise FileError(
+                f"{stats_path}: stats are several arrays with names of their own: got :{named}; leave it away"
+            )
         if stats_path is not None and stats_path.suffix.lower() == ".npy":
             raise FileError(f"{stats_path}: .npy holds one array, stats are several; name a .npz or .safetensors file")
 

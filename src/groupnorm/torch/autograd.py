@@ -35,14 +35,8 @@ class Differentiable(torch.autograd.Function):
         """The gradients of the inputs that need one."""
         x, weight, bias, scale, shift, residual, mask, stats = ctx.saved_tensors
         kind, needs = ctx.kind, ctx.needs_input_grad[:6]
-        again = torch.is_grad_enabled()  # create_graph=True: these gradients will be differentiated
-        if not again and not _is_batch(dy):
-            return *call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, needs), None, None
-        with torch.enable_grad():
-            y = composite.group_norm(
-                x, kind.num_groups, weight, bias, kind.eps, kind.activation, scale, shift, residual, mask
-            )
-            inputs = (x, weight, bias, scale, shift, residual)
-            wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
-        return *(next(found) if need else None for need in needs), None, None
+        if torch.is_grad_enabled() or _is_batch(dy):  # create_graph=True: these gradients will be differentiated
+            found = composite.gradients(dy, needs, x, kind.num_groups, weight, bias, kind.eps, kind.activation, scale,
+                                        shift, residual, mask)  # fmt: skip
+            return *found, None, None
+        return *call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, needs), None, None

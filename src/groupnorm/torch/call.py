@@ -48,7 +48,6 @@ class Kind:
     stats_shape: tuple[int, ...] = ()  # mean and rstd together
     stats_dtype: Any = None
     stats_bytes: int = 0  # of mean alone
-    device: Any = None  # where they lie, None for host memory
     large: bool = False  # results lie in recycled memory
     alike: bool = False  # `torch.empty_like` makes them
     usual: bool = False  # without scale, shift, residual and mask
@@ -97,7 +96,8 @@ def kind_of(
         return Kind(num_groups, eps, activation)
     named = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
              "mask": mask, "out": out}  # fmt: skip
-    return _keep(key, _learn(Options("forward", num_groups, eps, "NCHW", activation, False), named))
+    kind = _learn(Options("forward", num_groups, eps, "NCHW", activation, False), named)
+    return kind if any(isinstance(part, torch.Tensor) for part in key[:3]) else _keep(key, kind)  # they may change
 
 
 def forward(
@@ -109,7 +109,8 @@ def forward(
     """
     if kind.short and kind.run is not None and not stats:
         y = torch.empty_like(x)
-        kind.run(False, x.data_ptr() or _at(x), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), 0, 0, 0, 0, 0, 0)
+        kind.run(False, x.data_ptr() or _at(x), y.data_ptr(), weight.data_ptr() or _at(weight),
+                 bias.data_ptr() or _at(bias), 0, 0, 0, 0, 0, 0)  # fmt: skip
         return y, None
     if kind.convert or (out is not None and _clash(out, x, residual, weight, bias, scale, shift)):
         tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
@@ -133,12 +134,11 @@ def forward(
         y, fresh = _empty(kind, x)
     found, mean, rstd = None, 0, 0
     if stats:
-        found = torch.empty(kind.stats_shape, dtype=kind.stats_dtype, device=kind.device)
+        found = torch.empty(kind.stats_shape, dtype=kind.stats_dtype, device=x.device)
         mean = found.data_ptr()
         rstd = mean + kind.stats_bytes
     if kind.usual:
-        run(fresh, x.data_ptr() or _at(x), y.data_ptr(), 0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(), 0, 0, 0, 0, mean, rstd)  # fmt: skip
+        run(fresh, x.data_ptr() or _at(x), y.data_ptr(), _at(weight), _at(bias), 0, 0, 0, 0, mean, rstd)
     else:
         run(fresh, _at(x), y.data_ptr(), _at(weight), _at(bias), _at(scale), _at(shift), _at(residual), _at(mask), mean,
             rstd)  # fmt: skip
@@ -152,7 +152,11 @@ def backward(
     """The gradients of x, weight, bias, scale, shift and residual, those that `needs` marks, in their types. `of` is
     the kind of the forward, whose tensors these are, `stats` what it gave.
     """
-    key = needs, dy.dtype, dy.is_cpu or dy.device, dy.is_neg(), dy.stride()
+    # With strides: tensors that saved_tensors_hooks packed may come back with others.
+    key: Any = (needs, dy.dtype, dy.is_cpu or dy.device, dy.is_neg(), dy.stride(), x.stride(),
+                weight is None or weight.stride(), bias is None or bias.stride())  # fmt: skip
+    if not of.usual:
+        key += tuple(map(_form, (scale, shift, residual, mask)))
     kind = of.backwards.get(key)
     if kind is None:
         tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
@@ -276,7 +280,7 @@ def _learn(options: Options, tensors: dict[str, Tensor], dx: bool = True) -> Kin
         found = gpu.fit(options, tensors, dx)
         if found.plan is None:
             return replace(kind, convert=found.convert)
-        return _planned(kind, tensors, found.engine, found.plan, large=False, device=x.device)
+        return _planned(kind, tensors, found.engine, found.plan, large=False)
     arrays = {name: _view(tensor) for name, tensor in tensors.items()}
     call, given = prepare(options, arrays)
     convert = {name for name in given if given[name] is not arrays[name]}
@@ -293,10 +297,10 @@ def _learn(options: Options, tensors: dict[str, Tensor], dx: bool = True) -> Kin
     if convert or not x.numel():
         return replace(kind, convert=frozenset(convert))
     engine, plan = choose(replace(call.problem, dx=dx), None, torch.get_num_threads())
-    return _planned(kind, tensors, engine, plan, large=x.nbytes >= buffers.LARGE, device=None)
+    return _planned(kind, tensors, engine, plan, large=x.nbytes >= buffers.LARGE)
 
 
-def _planned(kind: Kind, tensors: dict[str, Tensor], engine: Any, plan: Any, *, large: bool, device: Any) -> Kind:
+def _planned(kind: Kind, tensors: dict[str, Tensor], engine: Any, plan: Any, *, large: bool) -> Kind:
     """The kind of call that an engine does with a plan."""
     x, p = tensors["x"], plan.problem
     stats = _STATS.get(x.dtype, torch.float32)
@@ -304,9 +308,10 @@ def _planned(kind: Kind, tensors: dict[str, Tensor], engine: Any, plan: Any, *, 
     alike = not large and torch.empty_like(x).stride() == kind.strides
     both = tensors.get("weight") is not None and tensors.get("bias") is not None
     short = usual and alike and both and tensors.get("out") is None
-    return replace(kind, run=partial(engine.run_at, plan), stats_shape=(2, p.N, p.G), stats_dtype=stats,
-                   stats_bytes=p.N * p.G * stats.itemsize, device=device, large=large, usual=usual, alike=alike,
-                   short=short)  # fmt: skip
+    return replace(
+        kind, run=partial(engine.run_at, plan), stats_shape=(2, p.N, p.G), stats_dtype=stats,
+        stats_bytes=p.N * p.G * stats.itemsize, large=large, usual=usual, alike=alike, short=short,
+    )  # fmt: skip
 
 
 def _lies_so(call: Call, strides: tuple[int, ...]) -> bool:
@@ -384,4 +389,5 @@ def _empty(kind: Kind, x: Tensor) -> tuple[Tensor, bool]:
     if lent is None:  # a large one that is not lent may come from the system
         return torch.empty_strided(x.shape, kind.strides, dtype=x.dtype, device=x.device), kind.large
     fresh = buffers.first_write(lent)
-    return torch.from_numpy(lent).view(x.dtype).as_strided(x.shape, kind.strides), fresh
+    # Detached: a view may not be changed in place where it was made in a Function, or without gradients.
+    return torch.from_numpy(lent).view(x.dtype).as_strided(x.shape, kind.strides).detach(), fresh

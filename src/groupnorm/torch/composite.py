@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ACTIVATIONS", "by_native", "group_norm", "moments", "normalize", "widest"]
+__all__ = ["ACTIVATIONS", "by_native", "gradients", "group_norm", "moments", "normalize", "widest"]
 
 Tensor = Any
 F = torch.nn.functional
@@ -36,6 +36,27 @@ def group_norm(
     return _epilogue(x, xhat, weight, bias, activation, scale, shift, residual, mask)
 
 
+def gradients(
+    dy: Tensor, needs: tuple[bool, ...], x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
+    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The gradients of x, weight, bias, scale, shift and residual, those that `needs` marks, None for the others; to be
+    differentiated where gradients are followed.
+
+    Of views, which nothing else was made from: x may have been made from the residual, or be the same tensor, and what
+    goes from one to the other is for the graph that they come from.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        given = (x, weight, bias, scale, shift, residual)
+        views = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in given)
+        v, w, b, of_scale, of_shift, r = views
+        y = group_norm(v, num_groups, w, b, eps, activation, of_scale, of_shift, r, mask)
+        wanted: list[Tensor] = [view for view, needed in zip(views, needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
+    return tuple(next(found) if needed else None for needed in needs)
+
+
 def by_native(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
     shift: Tensor, residual: Tensor,
@@ -54,7 +75,7 @@ def moments(x: Tensor, num_groups: int, mask: Tensor) -> tuple[Tensor, Tensor, T
     """Count, mean and M2 of each group, (N, G) float64. Equations (1) to (3)."""
     _, count, mean, var = _deviations(widest(x), num_groups, mask)
     shape = (x.shape[0], num_groups)
-    count, mean, var = (t.flatten(1).expand(shape) for t in (count, mean, var))
+    count, mean, var = (t.flatten(1).expand(shape).contiguous() for t in (count, mean, var))
     return count, mean, var * count
 
 

@@ -83,14 +83,20 @@ def convert(model: Module, *, batch_norm: bool = False, across_modules: bool = F
         kind = type(module)
         if kind is torch.nn.GroupNorm and "forward" in module.__dict__:
             report._add(name, "skipped", "its forward was replaced")
+        elif kind is torch.nn.GroupNorm and (taken := _taken(module)):
+            report._add(name, "skipped", f"it has something of its own that is called {taken}")
         elif kind is torch.nn.GroupNorm:
             _swap(module)
             report._add(name, "swapped", _sizes(module))
         elif isinstance(module, torch.nn.GroupNorm) and kind is not GroupNorm:
             report._add(name, "skipped", f"{kind.__name__} is a class of its own")
+        elif batch_norm and kind in BATCH_NORMS and "forward" in module.__dict__:
+            report._add(name, "skipped", "its forward was replaced")
         elif batch_norm and kind in BATCH_NORMS:
             replace_batch_norm(module)
             report._add(name, "replaced", f"{kind.__name__}: {_sizes(module)}; train it further")
+        elif batch_norm and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            report._add(name, "skipped", f"{kind.__name__} is a class of its own")
     for name, module in list(model.named_modules()):
         found = fuse(module)
         for norm, activation in found.norms.items():
@@ -124,12 +130,19 @@ def revert(model: Module) -> Report:
                 continue
             _swap_back(module)
             report._add(name, "swapped", _sizes(module))
+        elif isinstance(module, GroupNorm):
+            report._add(name, "skipped", f"{type(module).__name__} is a class of its own")
     return report
 
 
 def _check(model: Module) -> None:
     if not isinstance(model, torch.nn.Module):
         raise DtypeError(f"model must be a torch.nn.Module: got {type(model).__name__}; pass the model itself")
+
+
+def _taken(module: Module) -> str | None:
+    """The first of the names that a `GroupNorm` needs and that somebody gave to something else in this module."""
+    return next((name for name in _OPTIONS if hasattr(module, name)), None)
 
 
 def _swap(module: Module) -> None:

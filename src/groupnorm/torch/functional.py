@@ -6,11 +6,11 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from groupnorm.errors import OptionError
-from groupnorm.torch import call, composite, gpu, ops
+from groupnorm.torch import call, composite, ops
 from groupnorm.torch.autocast import cast
 from groupnorm.torch.autograd import Differentiable
 from groupnorm.torch.checks import check
-from groupnorm.torch.road import asks_for_gradient, is_followed
+from groupnorm.torch.road import asks_for_gradient, is_expanded, is_followed, is_for_operators
 
 __all__ = ["group_norm"]
 
@@ -41,6 +41,9 @@ def group_norm(
     and He, Group Normalization, ECCV 2018; equations (1) to (14) of `groupnorm.reference`.
     """
     if has_torch_function((x, weight, bias, scale, shift, residual, mask, out)):
+        if is_expanded(weight, bias) and scale is None and shift is None and residual is None and mask is None:
+            y = torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)  # for which PyTorch knows what to do
+            return y if activation is None else composite.ACTIVATIONS[activation](y)
         return handle_torch_function(
             group_norm, (x, weight, bias, scale, shift, residual, mask, out), x, num_groups, weight, bias, eps,
             activation=activation, scale=scale, shift=shift, residual=residual, mask=mask, out=out,
@@ -64,8 +67,8 @@ def _followed(
 ) -> Tensor:  # fmt: skip
     """y in operations that whoever follows can see: one operator for compilers, the composite for the others."""
     exporting = torch.onnx.is_in_onnx_export()
-    compiling = torch.compiler.is_compiling() or torch._C._is_tracing()
-    if compiling and out is None and (x.is_cpu or (x.is_cuda and gpu.is_here())) and not exporting:
+    tensors = (x, weight, bias, scale, shift, residual, mask)
+    if out is None and not exporting and is_for_operators(*tensors):
         return ops.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
     check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     if out is not None and asks_for_gradient(x, weight, bias, scale, shift, residual, out):
@@ -80,7 +83,7 @@ def _composed(
     shift: Tensor, residual: Tensor, mask: Tensor, out: Tensor,
 ) -> Tensor:  # fmt: skip
     """y in PyTorch's own operations."""
-    if x.is_meta and any(t is not None and not t.is_meta for t in (weight, bias, scale, shift, residual)):
+    if x.is_meta and any(t is not None and not t.is_meta for t in (weight, bias, scale, shift, residual, mask)):
         return call.empty_result(x)  # as PyTorch does: shapes are shown with parameters that have data, too
     y = composite.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
     return y if out is None else out.copy_(y)

@@ -96,7 +96,7 @@ def is_watched(*modules: Module) -> bool:
 def fuse(module: Module) -> Found:
     """Let a module hand its norms and the activations after them to `norm_act`. Nothing happens the second time."""
     kind: Any = type(module)
-    norms = tuple(sorted(name for name, child in module._modules.items() if type(child) is GroupNorm))
+    norms = tuple(sorted(name for name, child in module._modules.items() if child is not None and is_ours(child)))
     if not norms or is_fused(module):
         return Found({})
     if "forward" in module.__dict__:
@@ -157,7 +157,7 @@ def _steps(modules: list[Module]) -> list[tuple[Module, Module]]:
     while modules:
         module = modules.pop(0)
         after = 0
-        if type(module) is GroupNorm:
+        if is_ours(module):
             while after < len(modules) and _does_nothing(modules[after]):
                 after += 1
             if after < len(modules) and activation_name(modules[after]) is not None:

@@ -87,9 +87,10 @@ def _pairs(model: Module, training: bool) -> set[tuple[str, str]]:
     """Names of modules that follow each other and are called once, the first having one user; nothing if the model
     cannot be traced.
     """
-    with _unchanged(model), warnings.catch_warnings():
+    with _unchanged(model) as modules, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.train(training)
+        for module in modules:  # not by model.train(), which may do more than that, merge weights of LoRA for example
+            module.training = training
         try:
             nodes = list(_Tracer().trace(model).nodes)
         except Exception:  # whatever a model does that a proxy of a tensor cannot
@@ -105,15 +106,17 @@ def _pairs(model: Module, training: bool) -> set[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _unchanged(model: Module) -> Iterator[None]:
-    """Whatever modules are given as attributes in here is forgotten after, and buffers are as they were."""
+def _unchanged(model: Module) -> Iterator[list[Module]]:
+    """Whatever modules are given as attributes in here is forgotten after, and buffers are as they were. Gives the
+    modules of which that is so: all but compiled ones.
+    """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     kept = [(module.__dict__, dict(module.__dict__)) for module in modules]
     for table in ("_parameters", "_buffers", "_modules"):
         kept += [(getattr(module, table), dict(getattr(module, table))) for module in modules]
     buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        yield
+        yield modules
     finally:
         for now, before in kept:
             now.clear()

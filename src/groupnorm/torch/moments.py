@@ -75,7 +75,7 @@ def moments(x: Tensor, num_groups: int, *, mask: Tensor = None) -> Moments:
     x = cast(x)
     check(x, num_groups, None, None, 0.0, None, None, None, None, mask, None)
     if is_plain(x, mask) and not is_followed() and not asks_for_gradient(x):
-        return Moments(*call.moments(x, num_groups, mask).unbind(2))
+        return Moments(*call.moments(x, num_groups, mask).movedim(2, 0).contiguous().unbind(0))
     return Moments(*composite.moments(x, num_groups, mask))
 
 

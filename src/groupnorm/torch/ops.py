@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from groupnorm.torch import call
+from groupnorm.torch import call, composite
 from groupnorm.torch.checks import check
 
 __all__ = ["group_norm"]
@@ -44,8 +44,14 @@ def _forward(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
     shift: Tensor, residual: Tensor, mask: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, weight, bias, scale, shift, residual, mask = _as_tensors(x, weight, bias, scale, shift, residual, mask)
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None)
     return call.forward(kind, x, weight, bias, scale, shift, residual, mask, None, True)
+
+
+def _as_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of a subclass, which a traced or exported model may be given, as the tensors that they are."""
+    return tuple(t if t is None or t.__class__ is torch.Tensor else t.as_subclass(torch.Tensor) for t in tensors)
 
 
 def _forward_fake(
@@ -62,6 +68,7 @@ def _backward(
     activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     needs = (True, *(tensor is not None for tensor in (weight, bias, scale, shift, residual)))
+    dy, x, weight, bias, scale, shift, residual, mask = _as_tensors(dy, x, weight, bias, scale, shift, residual, mask)
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None)
     found = call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, needs)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
@@ -90,10 +97,16 @@ def _differentiate(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None,
     num_groups, eps, activation = ctx.options
     if dy is None:
         return (None,) * 10
-    found = torch.ops.groupnorm.group_norm_backward(
-        dy, x, stats, num_groups, weight, bias, eps, activation, scale, shift, residual, mask
-    )
     given = (x, weight, bias, scale, shift, residual)
+    if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
+        needs = tuple(ctx.needs_input_grad[place] for place in (0, 2, 3, 6, 7, 8))
+        found = composite.gradients(
+            dy, needs, x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask
+        )
+    else:
+        found = torch.ops.groupnorm.group_norm_backward(
+            dy, x, stats, num_groups, weight, bias, eps, activation, scale, shift, residual, mask
+        )
     dx, dweight, dbias, dscale, dshift, dresidual = (
         None if tensor is None else gradient for tensor, gradient in zip(given, found, strict=True)
     )

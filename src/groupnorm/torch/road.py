@@ -1,13 +1,15 @@
 """Which road a call takes: what decides between the engine, autograd, operators and the composite."""
 
+import sys
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from groupnorm.torch import gpu
 
-__all__ = ["asks_for_gradient", "is_followed", "is_plain"]
+__all__ = ["asks_for_gradient", "is_expanded", "is_followed", "is_for_operators", "is_plain"]
 
 Tensor = Any
 
@@ -52,3 +54,20 @@ def is_followed() -> bool:
         or _modes() > 0
         or _is_tracing()
     )
+
+
+def is_for_operators(x: Tensor, *tensors: Tensor) -> bool:
+    """Whether who follows is a compiler that shall see one operator: for tensors that an engine will be given. Not for
+    those that stand for others (DTensor), nor under transforms of torch.func, which know nothing of the operator.
+    """
+    if not (torch.compiler.is_compiling() or _is_tracing()) or _is_functorch_active():
+        return False
+    if not (x.is_cpu or (x.is_cuda and gpu.is_here())):
+        return False
+    return not any(tensor is not None and is_traceable_wrapper_subclass(tensor) for tensor in (x, *tensors))
+
+
+def is_expanded(*tensors: Tensor) -> bool:
+    """Whether one of these parameters stands for one of each sample (torch.nn.utils' call_for_per_sample_grads)."""
+    module = sys.modules.get("torch.nn.utils._expanded_weights.expanded_weights_impl")
+    return module is not None and any(isinstance(tensor, module.ExpandedWeight) for tensor in tensors)

@@ -276,6 +276,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._workers = -1  # -1: not even the compiled functions are there
+        self._most = MAX_WORKERS  # fewer where the system has no more threads
         self._looked_for_team = False
         self._growing = threading.Lock()
         if hasattr(os, "register_at_fork"):
@@ -302,14 +303,14 @@ class Pool:
         self._launch_at(self._address, plan, 0, call, 0)
 
     def _prepare(self, threads: int) -> None:
-        if threads > self._workers + 1:
-            self._grow(min(threads - 1, MAX_WORKERS))
+        if min(threads - 1, self._most) > self._workers:
+            self._grow(min(threads - 1, self._most))
         if threads > 1 and not self._looked_for_team and "torch" in sys.modules:
             self._find_team()
 
     def _forget(self) -> None:
         """In a forked child: the threads are gone, and the state may have been caught in the middle of a job."""
-        self._workers = -1
+        self._workers, self._most = -1, MAX_WORKERS
         self._growing = threading.Lock()
 
     def _find_team(self) -> None:
@@ -333,7 +334,12 @@ class Pool:
                 ctypes.pythonapi.PyThread_acquire_lock(ctypes.c_void_p(lock), 1)
                 self._header[_LOCKS + number] = lock
                 arguments = (int(self._header[_STATE]), number, lock, self._acquire)
-                threading.Thread(target=self._work, args=arguments, name=f"groupnorm-{number}", daemon=True).start()
+                thread = threading.Thread(target=self._work, args=arguments, name=f"groupnorm-{number}", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # a limit of the system, or the interpreter ends: those at hand do all the work
+                    self._most = number
+                    return
                 self._workers = number + 1
 
     def _start(self) -> None:
