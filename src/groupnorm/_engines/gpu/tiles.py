@@ -169,23 +169,17 @@ def two_sum(a, b):
 
 
 @triton.jit
-def _quotient(a, b):
-    """a/b, rounded once; the plain one is off by 2 roundings in float32."""
-    if a.dtype == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
-
-
-@triton.jit
 def held_moments(x, real, rows, cols, MASK, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr):
     """Moments of each group's part of a tile, 0 where it has none."""
     count = _counts(real, rows, cols, MASK, x.dtype, PER_GROUP, GROUPS)
     share = 1.0 / tl.maximum(count, 1.0)
     start = _to_groups(tl.sum(x, 1), PER_GROUP, GROUPS) * share
     d = tl.where(real, x - _to_rows(start, PER_GROUP, x.shape[0]), 0.0)
-    # Divided, not multiplied: of equal elements d is one step of rounding at most, so that this is exactly it.
-    beside = _quotient(_to_groups(tl.sum(d, 1), PER_GROUP, GROUPS), tl.maximum(count, 1.0))
+    # Of equal elements d is a step of rounding, and must be the mean of d exactly: divided, by Markstein's step, since
+    # a division takes registers that a full tile needs.
+    total = _to_groups(tl.sum(d, 1), PER_GROUP, GROUPS)
+    beside = total * share
+    beside = tl.fma(tl.fma(-beside, count, total), share, beside)
     m2 = _to_groups(tl.sum(d * d, 1), PER_GROUP, GROUPS) - count * beside * beside
     mean, low = two_sum(start, beside)
     return count, mean, low, tl.where(m2 < 0, 0.0, m2)
@@ -218,7 +212,7 @@ def rstd_of(count, m2, EPS: tl.constexpr):
     if m2.dtype == tl.float64:
         return 1.0 / tl.sqrt(var)
     else:
-        return tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var))  # as in `_quotient`
+        return tl.div_rn(tl.full(var.shape, 1.0, tl.float32), tl.sqrt_rn(var))  # the plain ones are off by 2 roundings
 
 
 @triton.jit
