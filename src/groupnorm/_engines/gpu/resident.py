@@ -71,8 +71,8 @@ def resident_backward(
         low = held_rest(x, mean, real, rows, cols, MASK, PER_GROUP, GROUPS)
     xhat, dz, gain = start_gradient(x, dy, mean, low, rstd, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, n, channel, at,
                                     steps, inside, real, S, C, G, LAYOUT, ACTIVATION)  # fmt: skip
+    count, s1, s2, _, a, b = held_sums(dz, xhat, gain, real, rows, cols, MASK, None, PER_GROUP, GROUPS)
     if SUMS is not None:
-        write_row_sums(SUMS, n, 0, 1, channel, rows, tl.sum(dz, 1), tl.sum(dz * xhat, 1), N, C)
+        write_row_sums(SUMS, n, 0, 1, channel, rows, a, b, N, C)
     if DX is not None:
-        count, s1, s2, _ = held_sums(dz, xhat, gain, real, rows, cols, MASK, None, PER_GROUP, GROUPS)
         finish_gradient(xhat, dz, gain, rstd, count, s1, s2, DX, DRESIDUAL, MASK, at, steps, inside, real, PER_GROUP)

@@ -114,10 +114,9 @@ def ticketed_backward(
             xhat, dz, gain = start_gradient(x, dy, mean, low, rstd, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, n, channel,
                                             at, steps, inside, real, S, C, G, LAYOUT, ACTIVATION)  # fmt: skip
             if early:
-                count, s1, s2, s0 = held_sums(dz, xhat, gain, real, rows, cols, MASK, LOST, PER_GROUP, GROUPS)
+                count, s1, s2, s0, a, b = held_sums(dz, xhat, gain, real, rows, cols, MASK, LOST, PER_GROUP, GROUPS)
                 publish_sums(PARTIALS, slab, part, count, s1, s2, s0, BLOCK)
                 if SUMS is not None:
-                    a, b = tl.sum(dz, 1), tl.sum(dz * xhat, 1)
                     write_row_sums(SUMS, n, part % across, across, channel, rows, a, b, N, C)
                 arrive(COUNTERS + slab)
             else:

@@ -300,18 +300,24 @@ def start_gradient(x, dy, mean, low, rstd, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL,
 
 @triton.jit
 def held_sums(dz, xhat, gain, real, rows, cols, MASK, LOST, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """The count, and the sums of dxhat = dz*gain, of dxhat*xhat and, where LOST wants it, of xhat, of each group's
-    part of a tile. Rows beyond the slab have the next one's gain, and dz = 0: if that gain is infinite or NaN it must
-    not get in.
+    """Of each group's part of a tile the count and the sums of dxhat = dz*gain, of dxhat*xhat and, where LOST wants it,
+    of xhat; of each row the sums of dz and of dz*xhat, from which those of dxhat are made. (Flat, the sums by row are
+    those of dxhat, which nobody wants.)
     """
-    if gain.shape[1] == 1:
-        gain = tl.where(tl.arange(0, gain.shape[0])[:, None] < rows, gain, 0.0)
-    d = dz * gain
     count = _counts(real, rows, cols, MASK, dz.dtype, PER_GROUP, GROUPS)
     s0 = tl.zeros_like(count)
     if LOST is not None:
         s0 = _to_groups(tl.sum(xhat, 1), PER_GROUP, GROUPS)
-    return count, _to_groups(tl.sum(d, 1), PER_GROUP, GROUPS), _to_groups(tl.sum(d * xhat, 1), PER_GROUP, GROUPS), s0
+    if gain.shape[1] == 1:
+        a, b = tl.sum(dz, 1), tl.sum(dz * xhat, 1)
+        # Rows beyond the slab have the next one's gain, which may be infinite or NaN and must not get in.
+        of_row = tl.where(tl.arange(0, dz.shape[0]) < rows, tl.sum(gain, 1), 0.0)
+        s1, s2 = _to_groups(a * of_row, PER_GROUP, GROUPS), _to_groups(b * of_row, PER_GROUP, GROUPS)
+    else:
+        d = dz * gain
+        a, b = tl.sum(d, 1), tl.sum(d * xhat, 1)
+        s1, s2 = _to_groups(a, PER_GROUP, GROUPS), _to_groups(b, PER_GROUP, GROUPS)
+    return count, s1, s2, s0, a, b
 
 
 @triton.jit

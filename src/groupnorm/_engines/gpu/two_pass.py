@@ -119,10 +119,8 @@ def sums_of_slabs(
         dy = load_tile(DY, at, steps, real, "")
         xhat, dz, gain = start_gradient(x, dy, mean, low, rstd, WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL, n, channel, at,
                                         steps, inside, real, S, C, G, LAYOUT, ACTIVATION)  # fmt: skip
-        c, d, e, f = held_sums(dz, xhat, gain, real, rows, cols, MASK, LOST, PER_GROUP, GROUPS)
-        count, s1, s2, s0 = count + c, s1 + d, s2 + e, s0 + f
-        if SUMS is not None:
-            a, b = a + tl.sum(dz, 1), b + tl.sum(dz * xhat, 1)
+        c, d, e, f, g, h = held_sums(dz, xhat, gain, real, rows, cols, MASK, LOST, PER_GROUP, GROUPS)
+        count, s1, s2, s0, a, b = count + c, s1 + d, s2 + e, s0 + f, a + g, b + h
     if SUMS is not None:
         write_row_sums(SUMS, n, part % across, across, channel, rows, a, b, N, C)
     if TOTALS is not None:
