@@ -1,6 +1,6 @@
 """Decode a picture in strips with the GroupNorm statistics of the whole: Moments make the seams vanish.
 
-    pip install 'groupnorm[torch,plots]'
+    pip install '.[torch,plots]'
     python examples/tiles.py --strips 4 --output tiles.png
 
 A picture that is too large for the memory is decoded in tiles. Convolutions allow that: a tile needs a few rows of its

@@ -304,7 +304,7 @@ def test_operators_need_no_protobuf():
     assert run.returncode == 0, run.stderr
     values, message = run.stdout.splitlines()
     assert values == "[[[1.0, 1.0], [1.0, 1.0]]]"
-    assert "pip install 'groupnorm[caffe2]'" in message
+    assert "pip install 'protobuf>=4.25'" in message
 
 
 def test_public_names_are_documented():

@@ -194,7 +194,7 @@ def test_demo_in_a_process(tmp_path):
 
 def test_demo_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
     def missing():
-        raise FileError("the photograph comes with matplotlib, which is not installed: pip install 'groupnorm[plots]'")
+        raise FileError("the photograph comes with matplotlib, which is not installed: pip install matplotlib")
 
     monkeypatch.setattr(features, "photograph", missing)
     monkeypatch.chdir(tmp_path)

@@ -78,7 +78,7 @@ def test_an_error_is_one_line(arguments, said):
 
 def test_matplotlib_is_missing(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
-    is_one_line(example("tiles.py", path=[tmp_path]), "pip install 'groupnorm[plots]'")
+    is_one_line(example("tiles.py", path=[tmp_path]), "pip install matplotlib")
 
 
 def is_one_line(run, said):

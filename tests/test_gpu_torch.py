@@ -1,5 +1,7 @@
 """The way of tensors to the GPU engine, with tensors in host memory and Triton's interpreter behind it."""
 
+import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,8 @@ import groupnorm.torch as gnt
 from groupnorm._engines.gpu.compiler import INTERPRETED
 from groupnorm._engines.gpu.plan import REGIMES
 from groupnorm.bench.cases import Case
-from groupnorm.bench.gpu.verify import check_case
+from groupnorm.bench.gpu import options, verify
+from groupnorm.bench.gpu.full_size import check_case
 from groupnorm.torch import call, composite, gpu
 
 pytestmark = [
@@ -147,9 +150,51 @@ def test_the_check_at_full_size_on_a_small_case(layout: str) -> None:
     assert wrong == []
 
 
+def test_the_check_of_options(monkeypatch: Any) -> None:
+    monkeypatch.setattr(options, "_SHAPE", (2, 12, 6, 8))
+    monkeypatch.setattr(options, "_GROUPS", 2)
+    monkeypatch.setattr(options, "_ALLOWED", {name: options._ALLOWED[name] for name in ("float64", "float32")})
+    found = options.check_options("cpu")
+    wrong = [check for check in found if check.failure is not None or not check.used <= 1]
+    assert wrong == []
+    assert {check.regime for check in found} == {"any", *REGIMES} - {"clustered"}
+
+
+def test_the_report_keeps_what_it_was_told(tmp_path: Any, capsys: Any) -> None:
+    """At once: a device that hangs later takes nothing with it."""
+    report = verify._Report(tmp_path / "new" / "gpu-checks.json", {"device": "a GPU"})
+    report.add([verify.Check("y", "a case", "split", 0.5)])
+    report.add(verify._tried("a case", lambda: 1 // 0))
+    assert "WRONG runs: a case, any: ZeroDivisionError" in capsys.readouterr().out
+    kept = json.loads(report.path.read_text(encoding="utf-8"))
+    assert [check["used"] for check in kept["checks"]] == [0.5, float("inf")]
+    report.show()
+    assert "1 comparisons, worst 0.50 of what is allowed" in capsys.readouterr().out
+
+
+def test_sanitizers_that_do_not_run_are_no_success(monkeypatch: Any, tmp_path: Any) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(verify.shutil, "which", lambda name: str(tool))
+    assert [check.failure for check in verify._races(time.monotonic() + 60)] == ["it did not run"] * 3
+    tool.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 2 errors'\nexit 9\n")
+    assert [check.failure for check in verify._races(time.monotonic() + 60)] == ["ERROR SUMMARY: 2 errors"] * 3
+    tool.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 0 errors'\n")
+    assert [check.used for check in verify._races(time.monotonic() + 60)] == [0.0] * 3
+    assert verify._races(time.monotonic()) == []
+
+
+def test_the_engine_can_be_switched_off(monkeypatch: Any) -> None:
+    monkeypatch.setenv("GROUPNORM_GPU", "off")
+    gpu.is_here.cache_clear()
+    assert not gpu.is_here()
+    gpu.is_here.cache_clear()
+
+
 def test_triton_is_missed_with_a_warning(monkeypatch: Any) -> None:
     monkeypatch.setattr(gpu.util, "find_spec", lambda name: None)
     gpu.is_here.cache_clear()
-    with pytest.warns(RuntimeWarning, match=r"pip install 'groupnorm\[gpu\]'"):
+    with pytest.warns(RuntimeWarning, match=r"pip install 'triton>=3.6'"):
         assert not gpu.is_here()
     gpu.is_here.cache_clear()

@@ -1,4 +1,4 @@
-"""Group Normalization for NumPy arrays, forward and backward, channels first and last, at the speed of memory.
+"""Group Normalization for NumPy arrays, forward and backward, channels first and last.
 
     import groupnorm as gn
     y = gn.group_norm(x, 32, weight, bias, activation="silu")

@@ -23,7 +23,7 @@ def engine(name: Any) -> Any:
     try:
         return import_module(ENGINES[name])
     except ImportError as error:
-        what = "install Triton: pip install 'groupnorm[gpu]'" if name == "gpu" else "reinstall groupnorm"
+        what = "install Triton: pip install 'triton>=3.6'" if name == "gpu" else "reinstall groupnorm"
         raise EngineError(f'impl="{name}" could not be loaded ({error}); {what}, or use another impl') from error
 
 

@@ -162,7 +162,7 @@ def _kind(tensors: dict[str, Tensor], num_groups: int, eps: float, activation: s
     x, weight, bias, *others = tensors.values()
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, *others)
     if not kind.plain:
-        raise EngineError("the GPU engine needs Triton; pip install 'groupnorm[gpu]'")
+        raise EngineError("the GPU engine needs Triton; pip install 'triton>=3.6'")
     return kind
 
 

@@ -37,7 +37,7 @@ def photograph() -> Array:
         from matplotlib import get_data_path, image
     except ImportError as error:
         raise FileError(
-            "the photograph comes with matplotlib, which is not installed: pip install 'groupnorm[plots]'"
+            "the photograph comes with matplotlib, which is not installed: pip install matplotlib"
         ) from error
     path = Path(get_data_path()) / "sample_data" / "grace_hopper.jpg"
     if not path.is_file():

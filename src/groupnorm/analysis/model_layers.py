@@ -54,9 +54,7 @@ def import_torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise EngineError(
-            f"models need PyTorch, which cannot be loaded ({error}): pip install 'groupnorm[torch]'"
-        ) from error
+        raise EngineError(f"models need PyTorch, which cannot be loaded ({error}): pip install torch") from error
     return torch
 
 

@@ -13,7 +13,7 @@ __all__ = ["read_picture", "reduced", "terrain"]
 
 Array = Any
 
-_INSTALL = "reading and drawing pictures needs matplotlib, which is not installed: pip install 'groupnorm[plots]'"
+_INSTALL = "reading and drawing pictures needs matplotlib, which is not installed: pip install matplotlib"
 
 
 def read_picture(path: str | os.PathLike[str]) -> Array:

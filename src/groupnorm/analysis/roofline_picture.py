@@ -27,7 +27,7 @@ def draw_roofline(found: Roofline, measured_s: float | None, path: Path) -> None
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise FileError("pictures need matplotlib, which is not installed: pip install 'groupnorm[plots]'") from error
+        raise FileError("pictures need matplotlib, which is not installed: pip install matplotlib") from error
     style: Any = {
         "font.size": 10, "font.family": "DejaVu Sans", "text.color": _INK, "axes.titlesize": 11,
         "axes.edgecolor": _MUTED, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "groupnorm",

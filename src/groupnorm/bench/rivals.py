@@ -106,8 +106,6 @@ def select(names: str | None) -> tuple[Rival, ...]:
             raise OptionError(f"rivals must be among {', '.join(RIVALS)}: got {name!r}")
         missing = installed(RIVALS[name])
         if missing is not None:
-            raise OptionError(
-                f"rival {name} needs {missing}, which is not installed: pip install 'groupnorm[bench,torch]'"
-            )
+            raise OptionError(f"rival {name} needs {missing}, which is not installed: pip install {missing}")
         chosen[name] = RIVALS[name]
     return tuple(chosen.values())

@@ -114,7 +114,7 @@ def protobuf(module: str) -> Any:
         return importlib.import_module(f"google.protobuf.{module}")
     except ImportError as error:
         raise GroupNormError(
-            "Caffe2's definitions need protobuf, which is not installed: pip install 'groupnorm[caffe2]'"
+            "Caffe2's definitions need protobuf, which is not installed: pip install 'protobuf>=4.25'"
         ) from error
 
 

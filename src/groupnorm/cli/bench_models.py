@@ -33,9 +33,11 @@ def measure_models(
         if missing(case) is None:
             cases.append(case)
         else:
-            errors.print(f"{case.name} needs {missing(case)}, which is not installed: pip install 'groupnorm[models]'")
+            errors.print(f"{case.name} needs {missing(case)}, which is not installed: pip install {missing(case)}")
     if not cases:
-        raise OptionError("no model can be built here; install what they need: pip install 'groupnorm[models,torch]'")
+        raise OptionError(
+            "no model can be built here; install what they need: pip install torch diffusers monai opacus"
+        )
 
     def done(records: list[Any]) -> None:
         if folder is not None and not quick:

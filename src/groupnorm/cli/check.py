@@ -15,7 +15,9 @@ def check(
     dtypes: Annotated[str, typer.Option(help="Which types, with commas.")] = "float32,float64,float16,bfloat16",
     layouts: Annotated[str, typer.Option(help="NCHW, NHWC, or both.")] = "NCHW,NHWC",
     activations: Annotated[str | None, typer.Option(help="none, silu, ...; all of them if left away.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only none and silu: a few seconds.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only none and silu: a few seconds once the kernels are compiled.")
+    ] = False,
     impl: Annotated[str | None, typer.Option(help="Engine: cpu or reference; the best one if left away.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

@@ -168,7 +168,7 @@ def _draw(pending: Any, found: dict[str, Any]) -> None:
         with pending.writing():
             draw_noise(pending.file, found["noise"], found["group_dependence"], SOURCE, found["features"])
     except ImportError as error:
-        raise FileError("--output needs matplotlib, which is not installed: pip install 'groupnorm[plots]'") from error
+        raise FileError("--output needs matplotlib, which is not installed: pip install matplotlib") from error
     commit([pending])
 
 

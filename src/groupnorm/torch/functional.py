@@ -35,10 +35,10 @@ def group_norm(
     is asked for.
 
     Statistics are taken in float32 or wider whatever x's type, under autocast too: x keeps its type unless
-    `set_autocast` says otherwise. Differentiable to
-    any order; backward computes the activation again, so that nothing of x's size but x is kept. Threads:
-    `torch.get_num_threads()`. Raises GroupNormError (a ValueError): ShapeError, DtypeError or OptionError. Source: Wu
-    and He, Group Normalization, ECCV 2018; equations (1) to (14) of `groupnorm.reference`.
+    `set_autocast` says otherwise. Differentiable to any order; backward computes the activation again, so that nothing
+    of x's size but x and the residual is kept. Threads: `torch.get_num_threads()`. Raises GroupNormError, a ValueError:
+    ShapeError, DtypeError or OptionError. Source: Wu and He, Group Normalization, ECCV 2018; equations (1) to (14) of
+    `groupnorm.reference`.
     """
     if has_torch_function((x, weight, bias, scale, shift, residual, mask, out)):
         if is_expanded(weight, bias) and scale is None and shift is None and residual is None and mask is None:

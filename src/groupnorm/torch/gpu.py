@@ -1,6 +1,7 @@
 """Tensors in GPU memory: whether the GPU engine takes them, and how they have to lie for it."""
 
 import functools
+import os
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -28,12 +29,14 @@ _SHAPED = ("x", "residual", "dy", "out")
 @functools.cache
 def is_here() -> bool:
     """Whether there is the GPU engine. Without Triton CUDA tensors go through PyTorch's own operations, and a warning
-    says so, once.
+    says so, once; without one where the environment has GROUPNORM_GPU=off.
     """
+    if os.environ.get("GROUPNORM_GPU", "").lower() == "off":
+        return False
     if util.find_spec("triton") is not None:
         return True
     warnings.warn("Triton is not installed: CUDA tensors go through PyTorch's own operations; "
-                  "pip install 'groupnorm[gpu]'", RuntimeWarning, stacklevel=4)  # fmt: skip
+                  "pip install 'triton>=3.6'", RuntimeWarning, stacklevel=4)  # fmt: skip
     return False
 
 

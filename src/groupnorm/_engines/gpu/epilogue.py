@@ -19,7 +19,7 @@ _DENSITY = tl.constexpr(0.3989422804014327)  # 1/sqrt(2*pi)
 def scale_factor(SCALE, n, channel, real, C: tl.constexpr, ACC: tl.constexpr):
     """1 + scale of sample n's channels; without scale 1."""
     if SCALE is not None:
-        return 1.0 + tl.load(SCALE + n * C + channel, mask=real, other=0.0).to(ACC)
+        return 1.0 + tl.load(SCALE + tl.cast(n, tl.int64) * C + channel, mask=real, other=0.0).to(ACC)
     else:
         return tl.full(channel.shape, 1.0, ACC)
 
@@ -40,7 +40,7 @@ def gain_and_offset(WEIGHT, BIAS, SCALE, SHIFT, n, channel, real, C: tl.constexp
         gain = gain * factor
         offset = offset * factor
     if SHIFT is not None:
-        offset = offset + tl.load(SHIFT + n * C + channel, mask=real, other=0.0).to(ACC)
+        offset = offset + tl.load(SHIFT + tl.cast(n, tl.int64) * C + channel, mask=real, other=0.0).to(ACC)
     return gain, offset
 
 

@@ -50,8 +50,9 @@ def parameter_gradients(SUMS, SCALE, LOST, DWEIGHT, DBIAS, rows, across, C: tl.c
 @kernel
 def sample_gradients(SUMS, WEIGHT, BIAS, LOST, DSCALE, DSHIFT, N, across, C: tl.constexpr, G: tl.constexpr,
                      ROWS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """dscale and dshift: program (n, i) takes the i-th block of channels of sample n; of n there may be many."""
-    n, block = tl.program_id(0), tl.program_id(1)
+    """dscale and dshift: a program takes a block of channels of a sample, one block after the other."""
+    BLOCKS: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    n, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     channel = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     ACC: tl.constexpr = SUMS.dtype.element_ty
     a, b = tl.full([CHANNELS], 0.0, ACC), tl.full([CHANNELS], 0.0, ACC)

@@ -366,6 +366,6 @@ def _backward(
         launches.append(Launch("parameter_gradients", (blocks,), numbers, constants, 4))
     if p.scale or p.shift:
         numbers = {"N": p.N, "across": across}
-        launches.append(Launch("sample_gradients", (p.N, blocks), numbers, constants, 4))
+        launches.append(Launch("sample_gradients", (p.N * blocks,), numbers, constants, 4))
     lost = p.N * p.G if p.stats and regime not in ("resident", "clustered") else 0  # else made up for at once
     return Plan(p, device, regime, reasons, tuple(launches), sums=sums, lost=lost, **memory)

@@ -40,10 +40,11 @@ class Workspace:
         with self._lock:
             if _is_capturing():
                 return self._for_capture(count)
-            if self._for_graphs is None and not INTERPRETED:
+            if not INTERPRETED and (self._for_graphs is None or self._taken > _FOR_GRAPHS // 2):
                 # Not in a capture, where clearing would become part of the graph: each of its replays would clear these
-                # counters while other graphs use them.
-                self._for_graphs = _lasting(self.device, _FOR_GRAPHS)
+                # counters while other graphs use them. Those of a block that is half used stay with their graphs.
+                self._outgrown.append(self._for_graphs)
+                self._for_graphs, self._taken = _lasting(self.device, _FOR_GRAPHS), 0
             found = self._counters.get((stream, barrier))
             if found is None or found[1] < count:
                 size = max(count, _AT_LEAST)

@@ -71,6 +71,8 @@ def _compiled(case: Case, tensors: dict[str, Tensor], direction: str) -> Made:
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _activate(F.group_norm(x, case.num_groups, weight, bias, case.eps), case)
 
+    # The default lets a compiled backward reuse what the forward saved, so that it could run only once.
+    torch._functorch.config.donated_buffer = False
     return _call(torch.compile(forward, dynamic=False), tensors, direction)
 
 

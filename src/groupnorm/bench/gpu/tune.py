@@ -14,6 +14,7 @@ from groupnorm.bench.cases import Case
 from groupnorm.bench.gpu.cases import GPU_CASES, problem_of
 from groupnorm.bench.gpu.contestants import tensors_of
 from groupnorm.bench.gpu.timing import copies_for, in_graph_us
+from groupnorm.errors import EngineError
 
 __all__ = ["plan_us", "tune"]
 
@@ -27,12 +28,15 @@ _CHOICES: dict[str, tuple[float, ...]] = {  # in this order: what decides most c
 
 
 def plan_us(plan: Plan, case: Case, dtype: str, layout: str) -> float:
-    """Microseconds of a plan in a graph, cold."""
+    """Microseconds of a plan in a graph, cold. Raises EngineError where the device refuses its regime."""
     p = plan.problem
     arrays = 2 if p.task == "forward" else 3
     count = copies_for(arrays * case.elements * p.itemsize, plan.device.l2_bytes)
     made = [_call(plan, case, tensors_of(case, dtype, layout)) for _ in range(count)]
-    return in_graph_us(made)
+    found = in_graph_us(made)
+    if engine.INSTEAD in plan.ready:  # what was measured is another regime's
+        raise EngineError(f"the device refused the {plan.regime} regime")
+    return found
 
 
 def _call(plan: Plan, case: Case, tensors: dict[str, Any]) -> Callable[[], None]:
@@ -71,6 +75,8 @@ def tune(report: Callable[[str], Any], within: Callable[[], bool]) -> dict[str, 
                     plan = make_plan(problem_of(case, task, layout, "bfloat16"), replace(device, limits=candidate))
                     key = case.name, layout, task, str(plan), str(plan.launches)
                     if key not in known:
+                        if not within():
+                            raise TimeoutError("for lack of time")
                         known[key] = plan_us(plan, case, "bfloat16", layout)
                     total, count = total + math.log(known[key]), count + 1
         return math.exp(total / count)
