@@ -339,5 +339,5 @@ def test_a_signal_handler_or_finalizer_in_the_middle(monkeypatch: Any) -> None:
         found.append(buffers.lend(1 << 20))
 
     monkeypatch.setattr(buffers, "_take_in", interrupted)
-    assert buffers.lend(1 << 20) is not None
+    buffers.lend(1 << 20)
     assert found == [None]

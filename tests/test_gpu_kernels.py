@@ -85,4 +85,4 @@ for task, names in (("forward", "x y residual"), ("backward", "x dy dx residual 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(set(done.stdout.split())) == 10
+    assert len(set(done.stdout.split())) == 12

@@ -111,7 +111,7 @@ def prepare(options: Options, arrays: dict[str, Array]) -> tuple[Call, dict[str,
     if arrays.get("out") is not None:
         given["out"] = out = _check_out(arrays["out"], x)
         found = walk(out.shape, out.strides, out.itemsize, axis, order)
-        fills_out = found is not None and (found.c if channels_last else found.s) == 1 and out.dtype.isnative
+        fills_out = found is not None and (found.c if channels_last else found.s) == 1
         if found is not None and fills_out:
             walks["y"] = found
 
@@ -186,10 +186,11 @@ def _stored(array: Array, stored: tuple[int, ...]) -> Array:
 def _check_out(out: Any, x: Array) -> Array:
     if not isinstance(out, np.ndarray):
         raise DtypeError(f"out must be a NumPy array: got {type(out).__name__}")
-    if out.dtype.newbyteorder("=") != x.dtype:
-        raise DtypeError(f"out must have x's type: got {out.dtype}, x is {x.dtype}")
+    if out.dtype != x.dtype:
+        order = "" if out.dtype.isnative else ", and this machine's byte order"
+        raise DtypeError(f"out must have x's type{order}: got {out.dtype}, x is {x.dtype}")
     _check_shape("out", out, x.shape, "x's shape")
-    if any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
+    if out.size and any(stride == 0 and size > 1 for stride, size in zip(out.strides, out.shape, strict=True)):
         raise ShapeError("out must have memory of its own for each element: got a broadcast array; pass a copy")
     return out
 
