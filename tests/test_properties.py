@@ -137,7 +137,6 @@ def test_groups_do_not_know_each_other(engine: str, p: dict[str, Any], data: st.
         moved = np.moveaxis(array, p["axis"], 1)
         d = moved.shape[1] // p["groups"]
         moved[n, g * d : (g + 1) * d] *= -7.5
-        moved[n, g * d, *[0] * (moved.ndim - 2)] = 1e4  # far from what comes after it
 
     def results(x: Array, dy: Array) -> list[Array]:
         dx = gn.group_norm_vjp(dy, x, p["groups"], layout=p["layout"], impl=engine, **options).dx

@@ -100,30 +100,14 @@ def _add_to(work, at, s, q, C, lanes):
 
 @jitted
 def _close_vector(x, work, at, C, count, lanes):
-    """From planes pivot, s, q of a vector of channels to pivot, offset, m2; which pivots are far from their means."""
+    """From planes pivot, s, q of a vector of channels to pivot, offset, m2; whether a pivot is far from its mean."""
     s, q = load_first(work, at + C, lanes), load_first(work, at + 2 * C, lanes)
     offset = s * (1.0 / count)
     m2 = fma(s, 0.0 - offset, q)
     m2 = select(m2 < 0.0, 0.0, m2)
     store_first(work, at + C, offset, lanes)
     store_first(work, at + 2 * C, m2, lanes)
-    return is_far(offset, m2, count, far(x))
-
-
-@jitted
-def _read_again(p, x, mask, n, first, last, c, work, at, count, again, lanes):
-    """Moments of a unit's vector of channels once more, with the means as pivots, for the lanes that `again` marks."""
-    pivot = load_first(work, at, lanes)
-    offset, m2 = load_first(work, at + p.C, lanes), load_first(work, at + 2 * p.C, lanes)
-    _start(work, at, p.C, widen(narrow(pivot + offset, zeros(x))), lanes)
-    tile = fewer(x, TILE)
-    for row in range(first, last, tile):
-        _vector_sums(x, mask, n * p.x_n + row * p.x_s + c, n * p.S + row, minimum(tile, last - row), p.x_s, work, at,
-                     p.C, lanes)  # fmt: skip
-    _close_vector(x, work, at, p.C, count, lanes)
-    store_first(work, at, select(again, load_first(work, at, lanes), pivot), lanes)
-    store_first(work, at + p.C, select(again, load_first(work, at + p.C, lanes), offset), lanes)
-    store_first(work, at + 2 * p.C, select(again, load_first(work, at + 2 * p.C, lanes), m2), lanes)
+    return any_of(is_far(offset, m2, count, far(x)))
 
 
 @inlined
@@ -158,9 +142,9 @@ def _first_pivot(x, mask, at, mask_at, rows, step, lanes):
 @jitted
 def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
     """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into place `slot` of work. The first real
-    rows make the pivot; channels whose pivot was far from their mean, see statistics.py, are read again. (No others:
-    neither how wide a slab is nor what lies in another group must show in the bits.) With few rows there is nothing to
-    do before `group_moments`.
+    rows make the pivot; vectors of channels of which one was far from its mean, see statistics.py, are read again with
+    the means as pivots. (Vectors, and not all of c0..c1: how wide a slab is must not show in the bits.) With few rows
+    there is nothing to do before `group_moments`.
     """
     if mask is None and p.few:
         return
@@ -185,10 +169,16 @@ def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
             _vector_sums(x, mask, at + c, mask_at, rows, p.x_s, work, work_at + c, p.C, c1 - c)
             c += LANES
     count = maximum(count, 1.0)
+    tile = fewer(x, TILE)
     for c in range(c0, c1, LANES):
-        again = _close_vector(x, work, work_at + c, p.C, count, c1 - c)
-        if any_of(again):
-            _read_again(p, x, mask, n, first, last, c, work, work_at + c, count, again, c1 - c)
+        lanes = c1 - c
+        if _close_vector(x, work, work_at + c, p.C, count, lanes):
+            pivot = load_first(work, work_at + c, lanes) + load_first(work, work_at + p.C + c, lanes)
+            _start(work, work_at + c, p.C, widen(narrow(pivot, zeros(x))), lanes)
+            for row in range(first, last, tile):
+                _vector_sums(x, mask, n * p.x_n + row * p.x_s + c, n * p.S + row, minimum(tile, last - row), p.x_s,
+                             work, work_at + c, p.C, lanes)  # fmt: skip
+            _close_vector(x, work, work_at + c, p.C, count, lanes)
 
 
 @inlined
