@@ -275,6 +275,22 @@ def test_measured_figures_make_sense():
         assert speeds.operations_per_s > 1e8
 
 
+def test_a_disturbance_costs_no_limit(monkeypatch):
+    from groupnorm.analysis import measure
+
+    samples = []  # of "slow" and "fast", in turns; something else runs during the first twelve of them
+
+    def seconds(run, passes):
+        samples.append(run)
+        return (2.0 if run == "slow" else 1.0) * (4.0 if len(samples) <= 12 else 1.0)
+
+    monkeypatch.setattr(measure, "_passes", lambda run: 1)
+    monkeypatch.setattr(measure, "_seconds", seconds)
+    found = measure._rates({"a": measure.Work("slow", 8.0), "b": measure.Work("fast", 8.0)})
+    assert found == {"a": 4.0, "b": 8.0}
+    assert len(samples) == 16  # the seventh round was the first undisturbed one, and rose: one more
+
+
 def test_every_named_machine_has_a_source():
     names = [device.name.lower() for device in DEVICES]
     assert len(set(names)) == len(names)

@@ -4,9 +4,9 @@ The best of several samples counts: the figures are limits, and a sample that wa
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,48 +18,51 @@ __all__ = ["measure_figures"]
 Array = Any
 
 _SAMPLE_S = 3e-3  # a sample of a cache takes about this long: 15000 times what waking a thread costs
-_SAMPLES = 7
+_ROUNDS = 7  # of one sample of everything: whatever disturbs the machine for a moment costs each limit one sample
+_MOST_ROUNDS = 35  # where limits still rise after seven: another program that takes half of a CPU spoils 3 samples of 4
+_RISES = 1.05  # a rate that is this many times what it was makes one more round
 _LAUNCHES = 10  # times as many samples of a call, whose time depends most on what else the machine does
 _LARGEST = 1 << 29  # bytes of the arrays for memory, whatever the size of the L3 cache
 _LINE = 64  # bytes: streamed stores need the beginning of a cache line
+
+
+class Work(NamedTuple):
+    """run(passes) does `amount` in each pass."""
+
+    run: Callable[[int], None]
+    amount: float
 
 
 def measure_figures() -> MachineFigures:
     """The figures of this machine, for 1, 2, 4, ... threads and all CPUs that the process may use, whatever the number
     of threads is set to: they are kept for later processes.
 
-    Takes one second on two cores and five on a hundred, and two more the first time ever (the loops are compiled), and
-    three arrays of four times the L3 cache, 512 MB each at most.
+    Takes one second on two cores and five on a hundred, up to five times that where other programs disturb it, and two
+    more the first time ever (the loops are compiled), and three arrays of four times the L3 cache, 512 MB each at most.
     """
-    from groupnorm._engines.cpu.peaks import ISSUE, MULTIPLY, STEP, vector_lanes
+    from groupnorm._engines.cpu.peaks import vector_lanes
 
     here = describe()
     threads, counts = here.logical_cpus, [1]
     while counts[-1] < threads:
         counts.append(min(2 * counts[-1], threads))
-    memory = min(max(4 * CACHES.l3, 1 << 27), _LARGEST)
-    elements = memory // 4 // (STEP * counts[-1]) * STEP * counts[-1]
-    arrays = tuple(_aligned(elements) for _ in range(3))
-    found = []
-    for count in counts:
-        levels = (
-            ("L1", CACHES.l1 * count, CACHES.l1 // 2),
-            ("L2", CACHES.l2 * count, CACHES.l2 // 2),
-            ("L3", CACHES.l3, CACHES.l3 // (2 * count)),
-            ("memory", None, memory // count),
-        )
-        speeds = {
-            "float32": _operations(MULTIPLY, arrays, count) * 2,
-            "float64": _operations(MULTIPLY, tuple(a.view(np.float64) for a in arrays), count) * 2,
-        }
-        issued = _operations(ISSUE, arrays, count)
-        found.append(
-            Speeds(
-                count, tuple(_level(name, size, share, arrays, count) for name, size, share in levels), speeds, issued
-            )
-        )
+    arrays = _arrays(counts[-1])
+    rates = _rates({(count, *name): work for count in counts for name, work in _works(arrays, count).items()})
+    speeds = tuple(_speeds(count, rates) for count in counts)
     name = f"{here.cpu}, {here.cores} cores"
-    return MachineFigures(name, "cpu", "measured here", vector_lanes(), _launch_s(), tuple(found))
+    return MachineFigures(name, "cpu", "measured here", vector_lanes(), _launch_s(), speeds)
+
+
+def _arrays(threads: int) -> tuple[Array, ...]:
+    """Three arrays that no cache holds, of a whole number of steps for each thread."""
+    from groupnorm._engines.cpu.peaks import STEP
+
+    elements = _memory_bytes() // 4 // (STEP * threads) * STEP * threads
+    return tuple(_aligned(elements) for _ in range(3))
+
+
+def _memory_bytes() -> int:
+    return min(max(4 * CACHES.l3, 1 << 27), _LARGEST)
 
 
 def _aligned(size: int) -> Array:
@@ -71,41 +74,72 @@ def _aligned(size: int) -> Array:
     return array
 
 
-def _level(name: str, capacity: int | None, share: int, arrays: Any, threads: int) -> Level:
-    """Bytes per second where each thread works on `share` bytes."""
-    from groupnorm._engines.cpu.peaks import COPY, READ, STEP, TRIAD, run_peak
-
-    x, y, other = arrays
-    best = []
-    for kind, used in ((READ, 1), (COPY, 2), (TRIAD, 3)):
-        elements = max(share // 4 // used // STEP, 1) * STEP
-        moved = 4 * elements * used * threads
-        ways = (False, True) if kind != READ and capacity is None else (False,)
-        runs = [partial(run_peak, kind, x, y, other, elements, num_threads=threads, stream=way) for way in ways]
-        best.append(max(_best(run, moved) for run in runs))
-    return Level(name, capacity, *best)
+def _levels(threads: int) -> Iterator[tuple[str, int | None, int]]:
+    """Name, bytes that all threads together have there, and bytes that each thread works on to measure it."""
+    yield "L1", CACHES.l1 * threads, CACHES.l1 // 2
+    yield "L2", CACHES.l2 * threads, CACHES.l2 // 2
+    yield "L3", CACHES.l3, CACHES.l3 // (2 * threads)
+    yield "memory", None, _memory_bytes() // threads
 
 
-def _operations(kind: int, arrays: Any, threads: int) -> float:
-    """Operations on single lanes per second, in the L1 cache."""
-    from groupnorm._engines.cpu.peaks import OPERATIONS, STEP, run_peak
+def _works(arrays: tuple[Array, ...], threads: int) -> dict[tuple[str, ...], Work]:
+    """What is measured with so many threads: (level, loop, "plain" or "streamed"), and (kind of operation,)."""
+    from groupnorm._engines.cpu.peaks import COPY, ISSUE, MULTIPLY, OPERATIONS, READ, STEP, TRIAD, run_peak
 
-    elements = STEP * 16
-    steps = elements // STEP * threads
-    lanes = STEP // 4
-    x, y, other = arrays
-    run = partial(run_peak, kind, x, y, other, elements, num_threads=threads)
-    return _best(run, OPERATIONS[kind] * steps * lanes)
+    works: dict[tuple[str, ...], Work] = {}
+    for name, capacity, share in _levels(threads):
+        for loop, kind, used in (("read", READ, 1), ("copy", COPY, 2), ("triad", TRIAD, 3)):
+            elements = max(share // 4 // used // STEP, 1) * STEP
+            for stream in (False, True) if kind != READ and capacity is None else (False,):
+                run = partial(run_peak, kind, *arrays, elements, num_threads=threads, stream=stream)
+                works[name, loop, "streamed" if stream else "plain"] = Work(run, 4 * elements * used * threads)
+    doubles = tuple(array.view(np.float64) for array in arrays)
+    for name, kind, operands in (
+        ("float32", MULTIPLY, arrays),
+        ("float64", MULTIPLY, doubles),
+        ("issued", ISSUE, arrays),
+    ):
+        run = partial(run_peak, kind, *operands, STEP * 16, num_threads=threads)  # in the L1 cache
+        works[(name,)] = Work(run, OPERATIONS[kind] * 16 * threads * (STEP // 4))
+    return works
 
 
-def _best(run: Callable[[int], None], amount: float) -> float:
-    """The most that `run(passes)` does of `amount` in a second."""
+def _speeds(threads: int, rates: dict[tuple[Any, ...], float]) -> Speeds:
+    """`rates` of what _works lists, each name behind its number of threads, as they are kept."""
+    levels = []
+    for name, capacity, _ in _levels(threads):
+        loops = [
+            max(rates.get((threads, name, loop, way), 0.0) for way in ("plain", "streamed"))
+            for loop in ("read", "copy", "triad")
+        ]
+        levels.append(Level(name, capacity, *loops))
+    flops = {dtype: 2 * rates[threads, dtype] for dtype in ("float32", "float64")}  # a multiply-add is two operations
+    return Speeds(threads, tuple(levels), flops, rates[threads, "issued"])
+
+
+def _rates(works: dict[Any, Work]) -> dict[Any, float]:
+    """The most that each does of its amount in a second: in turns, as many as it takes until limits stop rising."""
+    passes = {name: _passes(work.run) for name, work in works.items()}
+    best = dict.fromkeys(works, 0.0)
+    for turn in range(_MOST_ROUNDS):
+        rises = False
+        for name, (run, amount) in works.items():
+            rate = amount * passes[name] / _seconds(run, passes[name])
+            rises |= rate > _RISES * best[name]
+            best[name] = max(best[name], rate)
+        if turn + 1 >= _ROUNDS and not rises:
+            break
+    return best
+
+
+def _passes(run: Callable[[int], None]) -> int:
+    """Passes that take about as long as a sample."""
     run(1)  # compiled, if it was not
     passes, once_s = 1, _seconds(run, 1)
     while once_s < _SAMPLE_S:
         passes = int(passes * min(max(1.3 * _SAMPLE_S / once_s, 2), 100))
         once_s = _seconds(run, passes)
-    return amount * passes / min(_seconds(run, passes) for _ in range(_SAMPLES))
+    return passes
 
 
 def _seconds(run: Callable[[int], None], passes: int) -> float:
@@ -124,4 +158,5 @@ def _launch_s() -> float:
         for _ in range(count):
             group_norm(x, 1, out=out)
 
-    return min(1 / _best(calls, 1.0) for _ in range(_LAUNCHES))
+    passes = _passes(calls)
+    return min(_seconds(calls, passes) for _ in range(_LAUNCHES * _ROUNDS)) / passes
