@@ -86,20 +86,17 @@ def _works(arrays: tuple[Array, ...], threads: int) -> dict[tuple[str, ...], Wor
     """What is measured with so many threads: (level, loop, "plain" or "streamed"), and (kind of operation,)."""
     from groupnorm._engines.cpu.peaks import COPY, ISSUE, MULTIPLY, OPERATIONS, READ, STEP, TRIAD, run_peak
 
+    x, y, other = arrays
     works: dict[tuple[str, ...], Work] = {}
     for name, capacity, share in _levels(threads):
         for loop, kind, used in (("read", READ, 1), ("copy", COPY, 2), ("triad", TRIAD, 3)):
             elements = max(share // 4 // used // STEP, 1) * STEP
             for stream in (False, True) if kind != READ and capacity is None else (False,):
-                run = partial(run_peak, kind, *arrays, elements, num_threads=threads, stream=stream)
+                run = partial(run_peak, kind, x, y, other, elements, num_threads=threads, stream=stream)
                 works[name, loop, "streamed" if stream else "plain"] = Work(run, 4 * elements * used * threads)
-    doubles = tuple(array.view(np.float64) for array in arrays)
-    for name, kind, operands in (
-        ("float32", MULTIPLY, arrays),
-        ("float64", MULTIPLY, doubles),
-        ("issued", ISSUE, arrays),
-    ):
-        run = partial(run_peak, kind, *operands, STEP * 16, num_threads=threads)  # in the L1 cache
+    elements = STEP * 16  # operations alone: in the L1 cache
+    for name, kind, of in (("float32", MULTIPLY, x), ("float64", MULTIPLY, x.view(np.float64)), ("issued", ISSUE, x)):
+        run = partial(run_peak, kind, of, y, other, elements, num_threads=threads)
         works[(name,)] = Work(run, OPERATIONS[kind] * 16 * threads * (STEP // 4))
     return works
 
