@@ -203,8 +203,8 @@ def test_opacus_finds_per_sample_gradients(activation, monkeypatch):
     opacus = pytest.importorskip("opacus")
     from groupnorm.torch import per_sample
 
-    calls, whole = [], per_sample.group_norm
-    monkeypatch.setattr(per_sample, "group_norm", lambda *a, **k: calls.append(a) or whole(*a, **k))
+    calls, whole = [], per_sample.moments
+    monkeypatch.setattr(per_sample, "moments", lambda *a: calls.append(a) or whole(*a))
     torch.manual_seed(0)
     norms = [gnt.GroupNorm(4, 8, activation=activation), gnt.GroupNorm(2, 8, bias=False)]
     model = nn.Sequential(nn.Conv2d(3, 8, 3), norms[0], nn.Conv2d(8, 8, 3), norms[1])
@@ -223,6 +223,40 @@ def test_opacus_finds_per_sample_gradients(activation, monkeypatch):
     assert len(calls) == 2
     for parameter, gradients in zip(model.parameters(), zip(*want, strict=True), strict=True):
         torch.testing.assert_close(parameter.grad_sample, torch.stack(gradients), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_per_sample_gradients_of_any_type_and_on_every_road(dtype, activation):
+    """For x far from 0, too, channels last, with a gradient that is expanded, and where a mode follows operations."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from groupnorm.torch.per_sample import per_sample_gradients
+
+    torch.manual_seed(0)
+    norm = gnt.GroupNorm(4, 8, dtype=torch.promote_types(dtype, torch.float32), activation=activation)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    x = (torch.randn(3, 8, 5, 6) + 20).to(dtype).to(memory_format=torch.channels_last)
+    dy = torch.randn(3, 8, 1, 1).to(dtype).expand(x.shape)
+    want = []
+    for n in range(3):
+        exact = gnt.GroupNorm(4, 8, dtype=torch.float64, activation=activation)
+        exact.load_state_dict(norm.state_dict())
+        want.append(
+            torch.autograd.grad(exact(x[n : n + 1].double()), (exact.weight, exact.bias), dy[n : n + 1].double())
+        )
+    counting = FlopCounterMode(display=False)
+    found = per_sample_gradients(norm, [x], dy)
+    with counting:
+        followed = per_sample_gradients(norm, [x], dy)
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    for parameter, gradients in zip((norm.weight, norm.bias), zip(*want, strict=True), strict=True):
+        rounded = torch.stack(gradients).to(parameter.dtype)
+        for one, times in ((found, 1), (followed, 50)):  # which takes the mean as one rounded number
+            assert one[parameter].dtype == parameter.dtype
+            torch.testing.assert_close(one[parameter], rounded, rtol=times * limit, atol=times * limit)
 
 
 def test_gradients_that_are_to_be_differentiated_where_inputs_depend_on_each_other():
