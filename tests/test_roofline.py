@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -46,7 +47,7 @@ def test_least_bytes_as_literals():
     assert least_traffic(2, 64, 100, 8, "float32", "forward") == (x + 2 * 64 * 4, x, x + 2 * 64 * 4 + 2 * 16 * 4)
     assert least_traffic(2, 64, 100, 8, "float32", "forward", affine=False).moved == 2 * x
     backward = least_traffic(2, 64, 100, 8, "float32", "backward")
-    assert backward.read == 2 * x + 2 * 64 * 4 + 2 * 16 * 4
+    assert backward.read == 2 * x + 64 * 4 + 2 * 16 * 4  # bias changes no gradient
     assert backward.written == x + 2 * 64 * 4
     half = least_traffic(2, 64, 100, 8, "bfloat16", "forward", residual=True, scale_shift=True)
     assert half.read == x + 2 * 64 * 2 + 2 * 2 * 64 * 2  # x and residual at half the size, parameters
@@ -55,6 +56,18 @@ def test_least_bytes_as_literals():
     assert (plain.read, plain.written) == (2 * x + 2 * 16 * 4, x)  # the residual's gradient is dy
     fused = least_traffic(2, 64, 100, 8, "float32", "backward", affine=False, residual=True, activation="silu")
     assert (fused.read, fused.written) == (3 * x + 2 * 16 * 4, 2 * x)
+
+
+def test_backward_reads_the_parameters_that_gradients_depend_on():
+    def read(**options):
+        bytes_read = least_traffic(2, 64, 100, 8, "float32", "backward", **options).read
+        return (bytes_read - 2 * 2 * 64 * 100 * 4 - 2 * 16 * 4) // 4
+
+    assert read(affine=False) == 0
+    assert read() == 64  # weight
+    assert read(activation="relu") == 2 * 64  # and bias: z is computed again
+    assert read(scale_shift=True) == 2 * 64 + 128  # dscale is a sum of dz*(xhat*weight + bias)
+    assert read(scale_shift=True, activation="relu") == 2 * 64 + 2 * 128
 
 
 def test_flops_and_operations_as_literals():
@@ -98,6 +111,29 @@ def test_a_call_on_a_named_gpu():
     assert found.calls_per_s == pytest.approx(1 / found.time_s)
     assert "memory bound" in str(found)
     assert "<- binds" in str(found)
+
+
+def test_a_device_is_the_slowest_level():
+    found = gn.roofline((64, 256, 56, 56), 32, storage="nvme4", machine="EPYC-9654")
+    assert found.bound == "storage"
+    assert found.predicted_s is None
+    assert found.ridge == pytest.approx(96 * 2.4e9 * 32 / 7.88e9)
+    assert found.launch_elements == pytest.approx(5e-6 * 7.88e9 / 8, rel=1e-3)
+    assert "19 calls per second" in str(found)
+    assert "1.92 calls per second" in str(gn.roofline((640, 256, 56, 56), 32, storage="nvme4", machine="EPYC-9654"))
+
+
+def test_named_cpus_issue_two_vectors_in_a_clock():
+    for name, cores, ghz in (("EPYC-9654", 96, 2.4), ("Xeon-8480+", 56, 2.0)):
+        found = gn.roofline((8, 64, 56, 56), 32, machine=name)
+        assert found.times_s["instructions"] == pytest.approx(sum(found.instructions.values()) / (cores * ghz * 2e9))
+
+
+def test_a_prediction_for_fewer_threads_than_were_measured(monkeypatch):
+    monkeypatch.setattr("groupnorm.analysis.roofline.get_num_threads", lambda: 4)
+    four = gn.roofline((8, 64, 56, 56), 8).predicted_s
+    monkeypatch.setattr("groupnorm.analysis.roofline.get_num_threads", lambda: 3)
+    assert gn.roofline((8, 64, 56, 56), 8).predicted_s == pytest.approx(four * 4 / 3)
 
 
 def test_limits_on_a_plain_machine(monkeypatch):
@@ -273,6 +309,51 @@ def test_measured_figures_make_sense():
         assert speeds.levels[0].best_bytes_per_s > speeds.levels[-1].best_bytes_per_s > 1e8
         assert speeds.flops_per_s["float32"] > speeds.flops_per_s["float64"] > 1e8
         assert speeds.operations_per_s > 1e8
+
+
+@pytest.mark.parametrize("most", [6, 12, 48, 96, 128])
+def test_no_thread_measures_beyond_the_arrays(most):
+    from groupnorm._engines.cpu.peaks import STEP
+    from groupnorm.analysis import measure
+
+    floats = measure._memory_bytes() // 4 // (STEP * most) * STEP * most
+    arrays = (np.empty(floats, np.float32),) * 3  # never touched
+    for threads in (1, 2, 4, most // 2, most):
+        for work in measure._works(arrays, threads).values():
+            _, x, y, other, elements = work.run.args
+            assert elements % STEP == 0
+            assert threads * elements * x.itemsize <= min(x.nbytes, y.nbytes, other.nbytes)
+
+
+def test_l3_caches_of_machines_that_have_several(monkeypatch, tmp_path):
+    from groupnorm._core import machine
+
+    one = machine.Caches(1, 2, 32, cpus=96, l3_cpus=8)
+    assert [one.l3_of(threads) for threads in (1, 8, 9, 96, 200)] == [32, 32, 64, 384, 384]
+    cache = tmp_path / "cpu8/cache/index3"
+    cache.mkdir(parents=True)
+    (cache / "shared_cpu_list").write_text("8-15,104\n")
+    monkeypatch.setattr(machine, "_CPU", tmp_path)
+    assert machine._cpus_of_l3(8) == {*range(8, 16), 104}
+    assert machine._cpus_of_l3(9) == set()
+
+
+def test_figures_do_not_depend_on_the_number_of_threads_of_pytorch():
+    torch = pytest.importorskip("torch")
+    from groupnorm._engines.cpu.threads import _PARALLEL, POOL
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        gn.group_norm(np.ones((2, 8, 64, 64), np.float32), 2)
+        team = POOL._header[_PARALLEL]
+        with POOL.own_threads():
+            assert POOL._header[_PARALLEL] == 0
+            gn.group_norm(np.ones((2, 8, 64, 64), np.float32), 2)
+            assert POOL._header[_PARALLEL] == 0
+        assert POOL._header[_PARALLEL] == team
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_disturbance_costs_no_limit(monkeypatch):

@@ -16,11 +16,17 @@ _CPU = Path("/sys/devices/system/cpu")
 
 
 class Caches(NamedTuple):
-    """Bytes of each level: of one core for L1 and L2, shared for L3."""
+    """Bytes of each level: of one core for L1 and L2; for L3 of one of them, which some of the CPUs share."""
 
     l1: int
     l2: int
     l3: int
+    cpus: int  # that this process may use: all of them ...
+    l3_cpus: int  # ... and those that share one L3
+
+    def l3_of(self, threads: int) -> int:
+        """Bytes of the L3 caches that so many threads have together, which fill the CPUs of one after the other."""
+        return self.l3 * -(-min(threads, self.cpus) // self.l3_cpus)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +47,15 @@ class Machine:
 
     @property
     def largest_cache_bytes(self) -> int:
-        """Bytes of the last cache before memory; 32 MB where the system does not tell."""
-        return max(self.caches.values(), default=32 << 20)
+        """Bytes of all last caches before memory; 32 MB where the system does not tell."""
+        return max(*self.caches.values(), CACHES.l3_of(self.logical_cpus)) if self.caches else 32 << 20
 
 
 def describe() -> Machine:
     """The machine that runs this. Reads a few small files; asks `sysctl` on macOS."""
     import platform
 
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    logical = len(_cpus())
     return Machine(
         _cpu_name(), _cores(logical), logical, _caches(), _memory_bytes(), f"{platform.system()} {platform.machine()}"
     )
@@ -69,6 +75,11 @@ def versions(packages: Iterable[str] = ()) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _cpus() -> set[int]:
+    """The CPUs that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _cpu_name() -> str:
@@ -105,8 +116,7 @@ def _sysctl(key: str) -> str:
 def _cores(logical: int) -> int:
     """Physical cores that this process may use: logical CPUs without their hyper-thread siblings."""
     siblings = set()
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(logical)
-    for cpu in allowed:
+    for cpu in _cpus():
         try:
             siblings.add((_CPU / f"cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii").strip())
         except OSError:
@@ -151,8 +161,19 @@ def _memory_bytes() -> int | None:
 
 def _known_caches() -> Caches:
     """What Linux tells, else a usual size. Plans use it for speed only, never for results."""
-    found = _caches_of_linux()
-    return Caches(found.get("L1d", 32 << 10), found.get("L2", 1 << 20), found.get("L3", 16 << 20))
+    found, cpus = _caches_of_linux(), _cpus()
+    sharing = len(_cpus_of_l3(min(cpus)) & cpus) or len(cpus)
+    return Caches(found.get("L1d", 32 << 10), found.get("L2", 1 << 20), found.get("L3", 16 << 20), len(cpus), sharing)
+
+
+def _cpus_of_l3(cpu: int) -> set[int]:
+    """The CPUs that share the L3 cache of this one; none where the system does not tell."""
+    try:
+        text = (_CPU / f"cpu{cpu}/cache/index3/shared_cpu_list").read_text(encoding="ascii")
+        ends = [part.split("-") for part in text.split(",")]  # such as 0-7,96-103
+        return {number for first, *last in ends for number in range(int(first), int(last[0] if last else first) + 1)}
+    except (OSError, ValueError):
+        return set()
 
 
 CACHES = _known_caches()

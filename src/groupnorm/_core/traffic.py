@@ -34,11 +34,15 @@ def least_traffic(
     """
     item = ITEM_BYTES[dtype]
     x = N * C * S * item
-    parameters = (2 * C if affine else 0) * item + (2 * N * C if scale_shift else 0) * item
+    of_channel, of_sample = (C * item if affine else 0), (N * C * item if scale_shift else 0)
+    parameters = 2 * of_channel + 2 * of_sample
     statistics = 2 * N * G * (8 if dtype == "float64" else 4)
     extra = x if residual else 0
     again = extra if activation is not None else 0
     saved = x + parameters + statistics + again
     if direction == "forward":
         return Traffic(x + parameters + extra, x, saved)
-    return Traffic(2 * x + parameters + statistics + again, x + parameters + again, saved)
+    read = parameters
+    if activation is None:  # shift is for z alone, which is computed for activations; bias for that and dscale
+        read -= of_sample if scale_shift else of_channel
+    return Traffic(2 * x + read + statistics + again, x + parameters + again, saved)

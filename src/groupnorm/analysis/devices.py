@@ -26,11 +26,13 @@ def _gpu(name: str, source: str, memory_gb_per_s: float, tflops: float, wide_tfl
 
 def _cpu(name: str, source: str, threads: int, memory_gb_per_s: float, ghz: float, flops_per_clock: int,
          lanes: int) -> MachineFigures:  # fmt: skip
-    """Base clock times what a core's units do in one: `flops_per_clock` float32. Two vectors are issued in a clock."""
+    """Base clock times what a core's units do in one: `flops_per_clock` float32. Two vectors of `lanes` are issued in a
+    clock.
+    """
     speed = memory_gb_per_s * 1e9
     memory = Level("memory", None, speed, speed, speed)
     flops = threads * ghz * 1e9 * flops_per_clock
-    speeds = Speeds(threads, (memory,), {"float32": flops, "float64": flops / 2}, flops)
+    speeds = Speeds(threads, (memory,), {"float32": flops, "float64": flops / 2}, threads * ghz * 1e9 * 2 * lanes)
     return MachineFigures(name, "cpu", source, lanes, 5e-6, (speeds,), "base clock; launch time is an estimate")
 
 

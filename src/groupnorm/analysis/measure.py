@@ -22,7 +22,7 @@ _ROUNDS = 7  # of one sample of everything: whatever disturbs the machine for a 
 _MOST_ROUNDS = 35  # where limits still rise after seven: another program that takes half of a CPU spoils 3 samples of 4
 _RISES = 1.05  # a rate that is this many times what it was makes one more round
 _LAUNCHES = 10  # times as many samples of a call, whose time depends most on what else the machine does
-_LARGEST = 1 << 29  # bytes of the arrays for memory, whatever the size of the L3 cache
+_LARGEST = 1 << 30  # bytes of the arrays for memory, whatever the size of the L3 caches
 _LINE = 64  # bytes: streamed stores need the beginning of a cache line
 
 
@@ -38,16 +38,19 @@ def measure_figures() -> MachineFigures:
     of threads is set to: they are kept for later processes.
 
     Takes one second on two cores and five on a hundred, up to five times that where other programs disturb it, and two
-    more the first time ever (the loops are compiled), and three arrays of four times the L3 cache, 512 MB each at most.
+    more the first time ever (the loops are compiled), and three arrays of four times the L3 caches, 1 GB each at most.
+    Threads are the engine's own, since a team of PyTorch's has the size that PyTorch was told.
     """
     from groupnorm._engines.cpu.peaks import vector_lanes
+    from groupnorm._engines.cpu.threads import POOL
 
     here = describe()
     threads, counts = here.logical_cpus, [1]
     while counts[-1] < threads:
         counts.append(min(2 * counts[-1], threads))
     arrays = _arrays(counts[-1])
-    rates = _rates({(count, *name): work for count in counts for name, work in _works(arrays, count).items()})
+    with POOL.own_threads():
+        rates = _rates({(count, *name): work for count in counts for name, work in _works(arrays, count).items()})
     speeds = tuple(_speeds(count, rates) for count in counts)
     name = f"{here.cpu}, {here.cores} cores"
     return MachineFigures(name, "cpu", "measured here", vector_lanes(), _launch_s(), speeds)
@@ -62,7 +65,7 @@ def _arrays(threads: int) -> tuple[Array, ...]:
 
 
 def _memory_bytes() -> int:
-    return min(max(4 * CACHES.l3, 1 << 27), _LARGEST)
+    return min(max(4 * CACHES.l3_of(CACHES.cpus), 1 << 27), _LARGEST)
 
 
 def _aligned(size: int) -> Array:
@@ -78,7 +81,8 @@ def _levels(threads: int) -> Iterator[tuple[str, int | None, int]]:
     """Name, bytes that all threads together have there, and bytes that each thread works on to measure it."""
     yield "L1", CACHES.l1 * threads, CACHES.l1 // 2
     yield "L2", CACHES.l2 * threads, CACHES.l2 // 2
-    yield "L3", CACHES.l3, CACHES.l3 // (2 * threads)
+    l3 = CACHES.l3_of(threads)
+    yield "L3", l3, max(l3 // (2 * threads), 3 * CACHES.l2 // 2)  # beyond L2 where that is larger than a share of L3
     yield "memory", None, _memory_bytes() // threads
 
 
@@ -90,7 +94,7 @@ def _works(arrays: tuple[Array, ...], threads: int) -> dict[tuple[str, ...], Wor
     works: dict[tuple[str, ...], Work] = {}
     for name, capacity, share in _levels(threads):
         for loop, kind, used in (("read", READ, 1), ("copy", COPY, 2), ("triad", TRIAD, 3)):
-            elements = max(share // 4 // used // STEP, 1) * STEP
+            elements = max(min(share // used, x.nbytes // threads) // 4 // STEP, 1) * STEP
             for stream in (False, True) if kind != READ and capacity is None else (False,):
                 run = partial(run_peak, kind, x, y, other, elements, num_threads=threads, stream=stream)
                 works[name, loop, "streamed" if stream else "plain"] = Work(run, 4 * elements * used * threads)

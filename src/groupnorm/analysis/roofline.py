@@ -1,15 +1,15 @@
 """What bounds a call of the operator, and how long it takes at least.
 
 A *bound* is a time that is not beaten: by nobody, the least bytes at the fastest that this memory was ever seen to move
-bytes, and the least arithmetic at the peak of the arithmetic units; by no call of this engine, its own instructions and
-its shortest call. The longest of them binds. Source of the idea:
-Williams, Waterman and Patterson, Roofline: an insightful visual performance model for multicore architectures, CACM
-2009.
+bytes; by nobody who computes the centred formulas, which the promised accuracy needs, their flops at the peak of the
+arithmetic units; by no call of this engine, its own instructions and its shortest call. The longest of them binds.
+Source of the idea: Williams, Waterman and Patterson, Roofline: an insightful visual performance model for multicore
+architectures, CACM 2009.
 """
 
 import operator
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ class Roofline:
     operations. instructions: vector instructions of our kernels by kind (load, store, arithmetic, activation,
     conversion). intensity: flops per byte moved. times_s: limit -> seconds, each a lower bound: "memory",
     "arithmetic", "instructions", "launch", and "storage" if data streams from a device. time_s: the longest, bound: its
-    name. predicted_s: what our CPU engine is predicted to take, None for other machines. ridge: the flops per byte from
-    which arithmetic would bind; launch_elements: elements of x below which the launch binds.
+    name. predicted_s: what our CPU engine is predicted to take; None for GPUs, and where data streams from a device.
+    ridge: the flops per byte from which arithmetic would bind, at the speed of memory or of the device;
+    launch_elements: elements of x below which the launch binds.
     """
 
     shape: tuple[int, ...]
@@ -109,7 +110,7 @@ class Roofline:
             ("instructions", kinds or "none"),
             *((f"{limit} bound", f"{_time(seconds)}{'  <- binds' if limit == self.bound else ''}")
               for limit, seconds in self.times_s.items()),
-            ("at the bound", f"{self.calls_per_s:,.0f} calls per second, {self.bytes_per_s / 1e9:.1f} GB/s"),
+            ("at the bound", f"{_count(self.calls_per_s)} calls per second, {self.bytes_per_s / 1e9:.1f} GB/s"),
             ("launch binds", f"below {self.launch_elements:,} elements"),
         ]  # fmt: skip
         if self.predicted_s is not None:
@@ -164,21 +165,22 @@ def roofline(
     }
     if device is not None:
         times["storage"] = traffic.moved / device
-    memory = speeds.levels[-1].best_bytes_per_s
+    slowest = min(speeds.levels[-1].best_bytes_per_s, device or inf)
     predicted = None
     if figures.kind == "cpu" and storage is None:
         predicted = predicted_seconds(
             N, C, S, G, dtype=dtype, channels_last=axis != 1 and S > 1, direction=direction, activation=activation,
             speeds=speeds, launch_s=figures.launch_s,
-        )  # fmt: skip
+        ) * max(1.0, speeds.threads / threads)  # fmt: skip  # measured with more threads than are asked for
     return Roofline(
         shape=sizes, num_groups=G, dtype=dtype, layout=layout, direction=direction, activation=activation,
         machine=figures, threads=threads, bytes_read=traffic.read, bytes_written=traffic.written,
         bytes_saved=traffic.saved, flops=flops, instructions=counted, times_s=times, predicted_s=predicted,
-        ridge=speeds.flops_per_s[lane] / memory,
+        ridge=speeds.flops_per_s[lane] / slowest,
         launch_elements=_launch_elements(
-            traffic.moved / elements, max(times["arithmetic"], times["instructions"]) / elements, speeds,
-            figures.launch_s,
+            traffic.moved / elements,
+            max(times["arithmetic"], times["instructions"], times.get("storage", 0.0)) / elements,
+            speeds, figures.launch_s,
         ),
     )  # fmt: skip
 
@@ -227,8 +229,8 @@ def _instructions(
 
 
 def _launch_elements(bytes_each: float, seconds_each: float, speeds: Speeds, launch_s: float) -> int:
-    """Elements of x whose bytes move in the time of a launch, at the speed of the cache that holds them, and that are
-    computed in it.
+    """Elements of x whose bytes move in the time of a launch, at the speed of the cache that holds them, and for which
+    nothing else that takes `seconds_each` takes longer.
     """
     low, high = 0, min(1 << 40, int(launch_s / seconds_each) + 1)
     while high - low > 1:
@@ -244,6 +246,10 @@ def _threads(found: Roofline) -> str:
     if found.machine.kind == "gpu":
         return "one GPU"
     return f"{found.threads} thread{'s' if found.threads > 1 else ''}"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.3g}"
 
 
 def _time(seconds: float) -> str:

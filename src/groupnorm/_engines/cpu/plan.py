@@ -248,11 +248,11 @@ class _Maker:
         if "kept" in self.cut:  # and a cache line, so that the first one can begin there
             kept = launches[0].threads * together * self.cut["kept"] // (1 if p.dtype == "float64" else 2) + 8
         most = max(launch.threads for launch in launches)
-        return Plan(p, road, tuple(reasons), tuple(launches), work, sums, rows, kept, statistics, _streams(p),
+        return Plan(p, road, tuple(reasons), tuple(launches), work, sums, rows, kept, statistics, _streams(p, most),
                     most)  # fmt: skip
 
 
-def _streams(p: Problem) -> bool:
+def _streams(p: Problem, threads: int) -> bool:
     """Whether the output is written past the cache: where it does not fit there together with what is read (before
     that, whoever reads it next would miss it: 2x320x64x64 backward and a sum of dx, 0.78x), and if its runs are long or
     whole lines, since parts of lines are slow to write so (32x1024x14x14 forward 0.79x, 7x7 0.72x, 28x28 1.16x).
@@ -260,7 +260,7 @@ def _streams(p: Problem) -> bool:
     arrays = {"moments": 0, "backward": 3}.get(p.task, 2)
     run = p.S * p.itemsize
     whole_lines = p.channels_last or run % 64 == 0 or run >= _STREAMED_RUN
-    return arrays * p.N * p.C * run >= CACHES.l3 and whole_lines
+    return arrays * p.N * p.C * run >= CACHES.l3_of(threads) and whole_lines
 
 
 def _threads(p: Problem, num_threads: int) -> int:
@@ -281,7 +281,7 @@ def _keeps(p: Problem, elements: int, threads: int) -> bool:
         return False
     lane = 8 if p.dtype == "float64" else 4
     in_l2 = elements * (2 * p.itemsize + lane) <= CACHES.l2
-    return in_l2 or elements * (3 * p.itemsize + lane) * threads <= CACHES.l3
+    return in_l2 or elements * (3 * p.itemsize + lane) * threads <= CACHES.l3_of(threads)
 
 
 def _per_task(pieces: int, elements: int, threads: int) -> int:
@@ -298,7 +298,7 @@ def _slab(p: Problem, threads: int) -> int:
     arrays = 2 if p.task == "backward" else 1
     smallest = int(np.lcm(p.D, _SLAB // p.itemsize))
     bytes_of_channel = p.S * p.itemsize * arrays
-    in_l3 = p.C * bytes_of_channel * min(threads, p.N) * 2 <= CACHES.l3
+    in_l3 = p.C * bytes_of_channel * min(threads, p.N) * 2 <= CACHES.l3_of(threads)
     if in_l3 or p.uneven or p.C % smallest or smallest * bytes_of_channel > CACHES.l2:
         return p.C
     slab = smallest

@@ -18,10 +18,12 @@ looks at RUNNING. Both are sequentially consistent, so either the worker sees th
 the worker.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -301,6 +303,20 @@ class Pool:
         if threads > 1 or self._workers < 0:
             self._prepare(threads)
         self._launch_at(self._address, plan, 0, call, 0)
+
+    @contextlib.contextmanager
+    def own_threads(self) -> Iterator[None]:
+        """Meanwhile jobs are done by this pool's own threads, as many as they ask for, not by the team of PyTorch,
+        which has as many as `torch.set_num_threads` says.
+        """
+        if self._workers < 0:
+            self._grow(0)
+        looked, team = self._looked_for_team, int(self._header[_PARALLEL])
+        self._looked_for_team, self._header[_PARALLEL] = True, 0
+        try:
+            yield
+        finally:
+            self._looked_for_team, self._header[_PARALLEL] = looked, team
 
     def _prepare(self, threads: int) -> None:
         if min(threads - 1, self._most) > self._workers:
