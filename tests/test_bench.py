@@ -171,8 +171,11 @@ def test_bench_records_one_tiny_case(tmp_path):
     kept = records.load(tmp_path / "results")
     assert len(kept) == len(found)
     assert kept[0].versions["numpy"] == np.__version__
-    measured(tmp_path, "--rivals", "numpy", "--layouts", "NCHW", "--activations", "none")  # takes the place of its own
-    assert len(records.load(tmp_path / "results")) == len(found)
+    measured(tmp_path, "--rivals", "numpy", "--layouts", "NCHW", "--activations", "none")  # of the same work all go
+    kept = [(record.layout, record.rival) for record in records.load(tmp_path / "results")]
+    assert sorted(set(kept)) == [("NCHW", "groupnorm"), ("NCHW", "numpy"), ("NHWC", "groupnorm"), ("NHWC", "numpy"),
+                                 ("NHWC", "torch")]  # fmt: skip
+    assert len(kept) == 2 * 2 + 2 * 3
 
 
 def test_no_save_leaves_nothing(tmp_path):

@@ -209,6 +209,31 @@ def test_a_stock_that_gives_nan_excuses_nobody(monkeypatch):
     assert all(record.error is None and record.median_s is None for record in found)
 
 
+def test_gradients_of_zero_are_wrong_even_where_the_worst_tensor_of_stock_is_all_rounding(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from groupnorm.bench import model_runner
+
+    work, exact = tiny("resnet50-gn", "training"), (torch.tensor([3.0, 4.0]), torch.tensor([0.1, 0.1]))
+    stock = model_runner._Entry("stock", False, 0, 0, lambda: (exact[0] + 0.01, -exact[1]))
+    converted = model_runner._Entry("converted", False, 0, 0, lambda: (0 * exact[0], 0 * exact[1]))
+    for entry in (stock, converted):
+        model_runner._verify(entry, work, exact, stock)
+    assert (stock.error, stock.reason) == (pytest.approx(2), None)
+    assert converted.error == pytest.approx(1)
+    assert converted.distance == pytest.approx(1)
+    assert "wrong result: distance 1.0e+00" in converted.reason
+    assert converted.run is None
+
+
+def test_long_calls_are_taken_in_turns():
+    from groupnorm.bench.timing import measure_long
+
+    calls = []
+    found = measure_long({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
+    assert "".join(calls) == "abbaab"
+    assert [timing.repeats for timing in found.values()] == [3, 3]
+
+
 def test_error_finds_nan_and_wrong_shapes():
     torch = pytest.importorskip("torch")
     from groupnorm.bench.model_runner import error

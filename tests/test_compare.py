@@ -100,6 +100,12 @@ def test_batch_norm_has_weight_and_bias_by_channel():
     np.testing.assert_allclose(compare.batch_norm(x, weight, bias), want, rtol=1e-6, atol=1e-6)
 
 
+def test_zero_weights_and_biases_break_nothing():
+    zeros = np.zeros(8, np.float32)
+    found = compare.identities(np.random.default_rng(0).standard_normal((3, 8, 5)).astype(np.float32), 4, zeros, zeros)
+    assert all(row.holds for row in found)
+
+
 def test_nearest_groups():
     assert compare.nearest_groups(64) == 32
     assert compare.nearest_groups(48) == 24  # 48 is farther
@@ -149,6 +155,13 @@ def test_noise_is_that_of_batches_put_together():
         off_y.append(own - (there[0] - mean[:, None, None]) / np.sqrt(1.00001 * var)[:, None, None])
     for value, brute in ((got.mean, off_mean), (got.var, off_var), (got.output, off_y)):
         assert value == pytest.approx(np.sqrt(np.mean(np.square(brute))), rel=1e-10)
+
+
+def test_noise_is_the_same_in_small_parts(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((20, 4, 6)).astype(np.float32)
+    whole = batch_noise(x, draws=100)
+    monkeypatch.setattr("groupnorm.analysis.batch_noise._AT_ONCE", 500)
+    assert batch_noise(x, draws=100) == whole
 
 
 def test_noise_falls_with_the_root_of_the_batch():

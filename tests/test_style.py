@@ -281,3 +281,9 @@ def test_no_samples_and_wrong_arguments():
             merge_styles(pieces)
     with pytest.raises(gn.DtypeError, match="numbers"):
         Style("a", "b", "c", 1)
+
+
+def test_no_samples_have_nothing_to_keep():
+    none = style(np.zeros((0, 4, 5), np.float32), 2)
+    assert np.isnan(kept_by_batch_norm(none, none).mean)
+    assert np.isnan(kept(none, none, 2).mean)

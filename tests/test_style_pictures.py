@@ -30,6 +30,14 @@ def test_subbands_add_up_to_the_picture(size):
     assert len(set(names)) == len(names) == subbands.CHANNELS
 
 
+def test_grey_pictures_have_no_colour_at_all():
+    """Roundings would be two thirds of every relative distance."""
+    grey = np.random.default_rng(0).random((70, 50, 1), np.float32).repeat(3, 2)
+    maps = subbands.split(grey)
+    assert np.ptp(maps[:, : subbands.CHANNELS // 3]) > 0
+    assert np.all(maps[:, subbands.CHANNELS // 3 :] == 0)
+
+
 def test_a_subband_holds_what_its_name_says():
     columns = np.arange(256)
     picture = np.broadcast_to(0.5 + 0.3 * np.sin(columns * 2 * np.pi * 3 / 16), (256, 256))

@@ -20,6 +20,7 @@ __all__ = ["PUBLISHED", "PUBLISHED_NORMS", "SIZES", "SOURCE", "Noise", "batch_no
 Array = Any
 
 _EPS = 1e-5  # of the variance of all samples
+_AT_ONCE = 1 << 22  # numbers that are gathered at a time: 32 MB
 SIZES = (1, 2, 4, 8, 16, 32)
 
 _TITLES = {"BN": "batch norm", "GN": "group norm, G = 32", "LN": "layer norm", "IN": "instance norm"}
@@ -69,8 +70,10 @@ def batch_noise(x: Array, sizes: Sequence[int] = SIZES, *, draws: int = 2000, se
     found: list[Noise] = []
     for size in sizes:
         batch = random.integers(0, len(mean), (draws, size))
-        batch_mean = mean[batch].mean(1)  # (draws, C): equal counts, so the merge is a mean ...
-        batch_var = var[batch].mean(1) + mean[batch].var(1)  # ... and the variance between the samples on top
+        parts = np.array_split(batch, -(-batch.size * mean.shape[1] // _AT_ONCE))
+        batch_mean = np.concatenate([mean[part].mean(1) for part in parts])  # (draws, C): equal counts: a mean ...
+        # ... and the variance between the samples on top
+        batch_var = np.concatenate([var[part].mean(1) + mean[part].var(1) for part in parts])
         off_mean = _rms((batch_mean - all_mean) / np.sqrt(all_var))
         first_mean, first_var = mean[batch[:, 0]], var[batch[:, 0]]  # the result of one sample of each batch
         ours, fixed = (1 / np.sqrt(v + _EPS * all_var) for v in (batch_var, all_var))

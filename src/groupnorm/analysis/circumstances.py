@@ -7,8 +7,10 @@ from groupnorm.analysis.published import (
     CONFIGURATIONS,
     DETECTION,
     DETECTRON_COSTS,
+    DETECTRON_HEADS,
     ERROR_BY_BATCH,
     ERROR_BY_NORM,
+    FROZEN_BN_SAME_HEAD,
     REPRODUCED_ERRORS,
     SOURCES,
     VIDEO,
@@ -114,11 +116,12 @@ def instead(channels: int, positions: int, batch: int, task: str | None) -> tupl
                       for norm in ("frozen BN", "GN"))  # fmt: skip
         which = "box AP" if task == "detection" else "mask AP"
         numbers = (frozen.box_ap, gn.box_ap) if task == "detection" else (frozen.mask_ap, gn.mask_ap)
+        same_head = FROZEN_BN_SAME_HEAD[task != "detection"]
         said.append(
-            f"Mask R-CNN R50-FPN, {which}: frozen BN {numbers[0]}, GN {numbers[1]}. A frozen BN stays where memory "
-            f"counts more [{gn.source}]"
+            f"Mask R-CNN R50-FPN, {which}: frozen BN {numbers[0]}, {same_head} with GN's box head; GN {numbers[1]}. A "
+            f"frozen BN stays where memory counts more [{gn.source}; {SOURCES['cost']}]"
         )
-    if batch >= 16 and task in {None, "classification"}:
+    if batch >= 16 and task in {None, "classification"} and positions > 1:
         prefix = "for plain classification, BatchNorm" if task is None else "BatchNorm"
         said.append(
             f"{prefix} with 16 images per GPU or more: its published error is 0.5 lower (23.6 and 24.1 at 32; runs of "
@@ -139,7 +142,7 @@ def training_cost(batch: int, channels: int, positions: int, num_groups: int, it
         "every layer",
         f"{gn.network}, frozen BN to GN: memory {frozen.memory_gb} to {gn.memory_gb} GB, iteration "
         f"{frozen.iteration_s} to {gn.iteration_s} s, inference {frozen.inference_s} to {gn.inference_s} s per "
-        f"image [{SOURCES['cost']}]",
+        f"image; {DETECTRON_HEADS} [{SOURCES['cost']}]",
         "BN at inference folds into a convolution and moves no bytes of its own; GN has to read x and write y, unless "
         "something is fused with it",
         "in training BN must see the whole batch before it writes, so it reads x twice where x exceeds the cache; GN "

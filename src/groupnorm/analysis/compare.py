@@ -191,7 +191,8 @@ def _defined(x: Array, axes: tuple[int, ...], weight: Any = 1.0, bias: Any = 0.0
 def _identity(ours: str, other: str, y: Array, defined: tuple[Array, Array]) -> Identity:
     want, allowed = defined
     difference = np.abs(y - want)
-    return Identity(ours, other, float(difference.max()), float((difference / allowed).max()))
+    fraction = np.divide(difference, allowed, out=np.where(difference == 0, 0.0, np.inf), where=allowed > 0)
+    return Identity(ours, other, float(difference.max()), float(fraction.max()))
 
 
 def _apart(a: Array, b: Array) -> float:

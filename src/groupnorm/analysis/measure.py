@@ -17,11 +17,11 @@ __all__ = ["measure_figures"]
 
 Array = Any
 
-_SAMPLE_S = 3e-3  # a sample of a cache takes about this long: 15000 times what waking a thread costs
-_ROUNDS = 7  # of one sample of everything: whatever disturbs the machine for a moment costs each limit one sample
-_MOST_ROUNDS = 35  # where limits still rise after seven: another program that takes half of a CPU spoils 3 samples of 4
-_RISES = 1.05  # a rate that is this many times what it was makes one more round
-_LAUNCHES = 10  # times as many samples of a call, whose time depends most on what else the machine does
+_SAMPLE_S = 1.5e-3  # a sample of a cache takes about this long: 7000 times what waking a thread costs
+_QUIET = 6  # rounds of one sample of everything that end it, if no limit rose by more than a twentieth in any of them:
+_RISE = 1.05  # what disturbs the machine for a moment costs each limit one sample, what lasts makes more rounds ...
+_MOST_ROUNDS = 40  # ... up to so many
+_LAUNCHES = 70  # samples of a call, whose time depends most on what else the machine does
 _LARGEST = 1 << 30  # bytes of the arrays for memory, whatever the size of the L3 caches
 _LINE = 64  # bytes: streamed stores need the beginning of a cache line
 
@@ -122,14 +122,14 @@ def _rates(works: dict[Any, Work]) -> dict[Any, float]:
     """The most that each does of its amount in a second: in turns, as many as it takes until limits stop rising."""
     passes = {name: _passes(work.run) for name, work in works.items()}
     best = dict.fromkeys(works, 0.0)
-    for turn in range(_MOST_ROUNDS):
-        rises = False
+    quiet = rounds = 0
+    while quiet < _QUIET and rounds < _MOST_ROUNDS:
+        quiet, rounds = quiet + 1, rounds + 1
         for name, (run, amount) in works.items():
             rate = amount * passes[name] / _seconds(run, passes[name])
-            rises |= rate > _RISES * best[name]
+            if rate > _RISE * best[name]:
+                quiet = 0
             best[name] = max(best[name], rate)
-        if turn + 1 >= _ROUNDS and not rises:
-            break
     return best
 
 
@@ -160,4 +160,4 @@ def _launch_s() -> float:
             group_norm(x, 1, out=out)
 
     passes = _passes(calls)
-    return min(_seconds(calls, passes) for _ in range(_LAUNCHES * _ROUNDS)) / passes
+    return min(_seconds(calls, passes) for _ in range(_LAUNCHES)) / passes

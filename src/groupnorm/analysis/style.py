@@ -114,7 +114,8 @@ class Style:
         return Style(count, mean, self.comoment + other.comoment + between, self.num_groups)
 
     def _grouped(self, channels: Array) -> Array:
-        return channels.reshape(len(channels), self.num_groups, -1)  # (N, G, D)
+        n, c = channels.shape
+        return channels.reshape(n, self.num_groups, c // self.num_groups)  # (N, G, D)
 
 
 def style(features: Array, num_groups: int | None = None, *, layout: str = "NCHW") -> Style:

@@ -104,6 +104,8 @@ def kept_by_batch_norm(a: Style, b: Style, *, eps: float = 1e-5) -> Kept:
     why Ulyanov et al. 2016 took instance norm instead. Arguments and errors as for `kept`.
     """
     before = distance(a, b)
+    if not len(a.count):
+        return _fractions(before, before)
     together = [Style(s.count[n : n + 1], s.mean[n : n + 1], s.comoment[n : n + 1], s.num_groups)
                 for s in (a, b) for n in range(len(s.count))]  # fmt: skip
     batch = together[0].regrouped(together[0].mean.shape[1])

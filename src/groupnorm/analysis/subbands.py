@@ -13,7 +13,7 @@ axes, which are nearly uncorrelated in photographs.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from math import comb
+from math import comb, sqrt
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,7 @@ __all__ = ["CHANNELS", "SCALE_GROUPS", "check_picture", "join", "split", "subban
 
 Array = Any
 
-_AXES = {
-    "luminance": np.array([1, 1, 1]) / np.sqrt(3),
-    "red-blue": np.array([1, 0, -1]) / np.sqrt(2),
-    "green-magenta": np.array([-1, 2, -1]) / np.sqrt(6),
-}
+_AXES = {"luminance": (1, 1, 1), "red-blue": (1, 0, -1), "green-magenta": (-1, 2, -1)}  # of red, green and blue
 _OCTAVES = 4  # of the oriented bands: from 1/2 cycle per pixel and above down to 1/32
 _ANGLES = 4
 _COARSE = 4  # bands below: three octaves, and the rest down to the mean
@@ -52,6 +48,12 @@ def check_picture(picture: Array, name: str = "picture") -> Array:
     return array.astype(np.float32)
 
 
+def _along(axis: tuple[int, ...], picture: Array) -> Array:
+    """The part of a picture along an axis of colours; exactly 0 for grey, where a matrix product leaves roundings."""
+    total = sum(weight * picture[..., colour] for colour, weight in enumerate(axis))
+    return total / sqrt(sum(weight**2 for weight in axis))
+
+
 def split(picture: Array) -> Array:
     """(1, 60, H, W) float32: the maps of a picture (H, W, 3) of floats; `subband_names` says what each one is.
 
@@ -60,7 +62,7 @@ def split(picture: Array) -> Array:
     picture = check_picture(picture)
     height, width, _ = picture.shape
     pad = [(min(_MARGIN, size - 1),) * 2 for size in (height, width)]
-    padded = np.pad(picture @ np.stack(list(_AXES.values()), 1).astype(np.float32), (*pad, (0, 0)), "reflect")
+    padded = np.pad(np.stack([_along(axis, picture) for axis in _AXES.values()], 2), (*pad, (0, 0)), "reflect")
     size = padded.shape[:2]
     rows, columns = slice(pad[0][0], pad[0][0] + height), slice(pad[1][0], pad[1][0] + width)
     spectra = [np.fft.rfft2(padded[..., axis]) for axis in range(len(_AXES))]
@@ -86,7 +88,9 @@ def join(maps: Array) -> Array:
     if maps.ndim != 4 or maps.shape[:2] != (1, CHANNELS):
         raise ShapeError(f"maps must have the shape (1, {CHANNELS}, H, W): got {maps.shape}; make them with split")
     axes = maps[0].reshape(len(_AXES), -1, *maps.shape[2:]).sum(1, dtype=np.float64)
-    mixed: Array = np.moveaxis(axes, 0, -1) @ np.stack(list(_AXES.values()))
+    units = np.array(list(_AXES.values()), np.float64)
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    mixed: Array = np.moveaxis(axes, 0, -1) @ units
     return mixed.astype(np.float32)
 
 

@@ -61,9 +61,14 @@ class ModelRecord:
         )
 
     @property
+    def run(self) -> tuple[Any, ...]:
+        """What is measured together, in turns: stock and converted."""
+        return (*self.work, self.compiled)
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What no two records of a file have in common."""
-        return (*self.work, self.compiled, self.variant)
+        return (*self.run, self.variant)
 
 
 def save_models(records: Iterable[ModelRecord], folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from groupnorm.bench.model_profile import norm_share
 from groupnorm.bench.model_records import ModelRecord
 from groupnorm.bench.model_work import ModelWork, build, step
 from groupnorm.bench.models import ModelCase
-from groupnorm.bench.timing import Timing, measure
+from groupnorm.bench.timing import Timing, measure, measure_long
 
 __all__ = ["TOLERANCE", "error", "measure_model", "run_models"]
 
@@ -25,7 +25,7 @@ Tensor = Any
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # an error that is always allowed ...
 _RATIO = 2  # ... and so many times that of stock, which deep models in bfloat16 need
 _EXACT = {"float32": "float64", "bfloat16": "float32"}  # the dtype that gives the exact result: five digits more
-_SLOW_S = 20.0  # a compiled call that takes longer is timed once: 3-D convolutions in bfloat16 take 40 s there, not 0.1
+_SLOW_S = 20.0  # compiled calls that take longer are called thrice: 3-D convolutions in bfloat16 take 40 s, not 0.1
 _NOTHING = (
     1e-3  # gradients below this part of the largest one should be 0 and are rounding, that of a key's bias for one
 )
@@ -63,6 +63,7 @@ class _Entry:
     run: Callable[[], Any] | None  # None once it failed
     reason: str | None = None
     error: float | None = None
+    distance: float = 0.0
     peak_bytes: int | None = None
     share: float | None = None
 
@@ -79,10 +80,11 @@ def measure_model(
     entries = _entries(work)
     stock = entries[0]
     for entry in entries:
-        _verify(entry, work, exact, stock.error)
-    slow = {entry.name: once for entry in entries if entry.compiled and (once := _slow(entry)) is not None}
-    times = slow | measure(
-        {entry.name: entry.run for entry in entries if entry.run is not None and entry.name not in slow},
+        _verify(entry, work, exact, stock)
+    runs = {entry.name: entry.run for entry in entries if entry.run is not None}
+    slow = {name for name, run in runs.items() if name.endswith("compiled") and _is_slow(run)}
+    times = measure_long({name: run for name, run in runs.items() if name in slow}) | measure(
+        {name: run for name, run in runs.items() if name not in slow},
         budget_s=budget_s, min_repeats=work.case.repeats,
     )  # fmt: skip
     measured = [entry for entry in entries if entry.run is not None and not entry.compiled]
@@ -112,6 +114,17 @@ def error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
     return worst
 
 
+def distance(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """The distance of all tensors together from the exact ones, as a part of their length (2-norm): what a step of
+    training is off by. 1 for zeros.
+    """
+    length = math.hypot(*(tensor.norm().item() for tensor in exact))
+    apart = math.hypot(
+        *((tensor.to(wanted.dtype) - wanted).norm().item() for tensor, wanted in zip(found, exact, strict=True))
+    )
+    return apart / length if length else apart
+
+
 @functools.lru_cache(maxsize=1)  # memory formats share it
 def _exact(case: ModelCase, size: str, mode: str, dtype: str, threads: int) -> tuple[Tensor, ...]:
     work = ModelWork(case, mode, size, dtype, "contiguous", False, threads)
@@ -138,29 +151,32 @@ def _entries(work: ModelWork) -> list[_Entry]:
     return found
 
 
-def _verify(entry: _Entry, work: ModelWork, exact: tuple[Tensor, ...], stock_error: float | None) -> None:
-    """Run an entry once; take away its `run`, and note the reason, if it cannot be measured."""
+def _is_slow(run: Callable[[], Any]) -> bool:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start > _SLOW_S
+
+
+def _verify(entry: _Entry, work: ModelWork, exact: tuple[Tensor, ...], stock: _Entry) -> None:
+    """Run an entry once; take away its `run`, and note the reason, if it cannot be measured.
+
+    Its worst tensor is compared with the worst of stock, which tells much in float32; in bfloat16 single gradients of a
+    deep model are all rounding (errors of 2 and more), so all of them together are compared, too.
+    """
     assert entry.run is not None
     try:
-        entry.error = error(entry.run(), exact)
+        found = entry.run()
+        entry.error = error(found, exact)
+        entry.distance = distance(found, exact) if math.isfinite(entry.error) else math.inf
     except Exception as raised:  # whatever a model or a compiler raises goes into the record
         text = str(raised).strip() or "no message"
         entry.run, entry.reason = None, f"{type(raised).__name__}: {text.splitlines()[0]}"[:300]
         return
-    usual = stock_error if stock_error is not None and math.isfinite(stock_error) else 0.0
-    allowed = max(TOLERANCE[work.dtype], _RATIO * usual)
-    if math.isinf(entry.error) or (entry.error > allowed and entry.name != "stock"):
-        entry.run, entry.reason = None, f"wrong result: error {entry.error:.1e}, allowed {allowed:.1e}"
-
-
-def _slow(entry: _Entry) -> Timing | None:
-    """The time of one call of an entry that was called before, if it is too long to be measured again and again."""
-    if entry.run is None:
-        return None
-    start = time.perf_counter()
-    entry.run()
-    once_s = time.perf_counter() - start
-    return Timing(once_s, once_s, once_s, 1, 1) if once_s > _SLOW_S else None
+    for what, value, usual in (("error", entry.error, stock.error), ("distance", entry.distance, stock.distance)):
+        allowed = max(TOLERANCE[work.dtype], _RATIO * (usual if usual is not None and math.isfinite(usual) else 0.0))
+        if math.isinf(value) or (value > allowed and entry is not stock):
+            entry.run, entry.reason = None, f"wrong result: {what} {value:.1e}, allowed {allowed:.1e}"
+            return
 
 
 def _record(

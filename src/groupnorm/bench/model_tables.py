@@ -5,7 +5,7 @@ from typing import Any
 
 from groupnorm.bench.model_records import ModelRecord
 from groupnorm.bench.models import MODELS, MODES
-from groupnorm.bench.tables import ms
+from groupnorm.bench.tables import ms, versions_of
 
 __all__ = ["MODEL_TABLES"]
 
@@ -74,13 +74,15 @@ def _time(record: ModelRecord | None) -> str:
 def _ratio(slow: ModelRecord | None, fast: ModelRecord | None) -> str:
     if slow is None or fast is None or not slow.median_s or not fast.median_s:
         return "-"
-    return f"{slow.median_s / fast.median_s:.2f}"
+    quartiles = (slow.q1_s, slow.q3_s, fast.q1_s, fast.q3_s)
+    alike = None not in quartiles and slow.q1_s <= fast.q3_s and fast.q1_s <= slow.q3_s  # type: ignore[operator]
+    return f"{'~ ' * alike}{slow.median_s / fast.median_s:.2f}"
 
 
 def _about(rows: list[Row]) -> str:
     records = [record for row in rows for record in row.values()]
     machine, threads = records[0].machine, records[0].threads
-    seen = {name: version for record in records for name, version in record.versions.items()}
+    seen = versions_of(records)
     used = [f"{name} {seen[name]}" for name in ("groupnorm", "torch", "diffusers", "monai", "opacus") if name in seen]
     dates = sorted({record.date for record in records})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"

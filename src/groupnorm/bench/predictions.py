@@ -65,9 +65,18 @@ def compare_records(records: list[Record], figures: Mapping[str, MachineFigures]
 
 
 def _summary(records: list[Record], figures: Mapping[str, MachineFigures]) -> str:
-    compared = compare_records(records, figures)
-    if not compared:
-        return ""
+    return "\n\n".join(_summary_of(compared) for compared in _apart(compare_records(records, figures)))
+
+
+def _apart(compared: list[Compared]) -> list[list[Compared]]:
+    """Those of each machine and number of threads."""
+    found: dict[tuple[str, int], list[Compared]] = {}
+    for each in compared:
+        found.setdefault((each.record.machine["slug"], each.record.threads), []).append(each)
+    return list(found.values())
+
+
+def _summary_of(compared: list[Compared]) -> str:
     errors = [abs(each.predicted_ratio - 1) for each in compared]
     below = sum(each.bound_ratio <= 1 for each in compared)
     within = sum(error <= 0.25 for error in errors)
@@ -82,9 +91,17 @@ def _summary(records: list[Record], figures: Mapping[str, MachineFigures]) -> st
 
 
 def _table(records: list[Record], figures: Mapping[str, MachineFigures]) -> str:
+    apart = _apart(compare_records(records, figures))
+    tables = [_table_of(compared) for compared in apart]
+    if len(tables) > 1:
+        tables = [f"{machine_name(each[0].record)}:\n\n{table}" for each, table in zip(apart, tables, strict=True)]
+    return "\n\n".join(tables)
+
+
+def _table_of(compared: list[Compared]) -> str:
     lines = ["| case | shape | | bound | by | predicted | measured | predicted / measured | % of the bound's speed |",
              "|---|---|---|--:|---|--:|--:|--:|--:|"]  # fmt: skip
-    for each in compare_records(records, figures):
+    for each in compared:
         record, made = each.record, each.roofline
         size = "x".join(map(str, record.shape))
         if prod(record.shape) == 0:
@@ -94,7 +111,7 @@ def _table(records: list[Record], figures: Mapping[str, MachineFigures]) -> str:
             f"| {made.bound} | {ms(made.predicted_s)} | {ms(each.measured_s)} | {each.predicted_ratio:.2f} "
             f"| {100 * each.bound_ratio:.0f} |"
         )
-    return "\n".join(lines) if len(lines) > 2 else ""
+    return "\n".join(lines)
 
 
 def _machine(records: list[Record], figures: Mapping[str, MachineFigures]) -> str:

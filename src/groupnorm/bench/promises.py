@@ -153,7 +153,8 @@ def fraction_of_budget(
         allowed = max(1.0, _SLOPE[activation]) * allowed + 4 * unit * np.abs(want)
     if dtype in ("float16", "bfloat16"):
         allowed += _ulp(want, dtype)
-    return float((np.abs(y - want) / allowed).max(initial=0.0))
+    error = np.abs(y - want)  # nothing is allowed where weight and bias are 0
+    return float(np.divide(error, allowed, out=np.where(error == 0, 0.0, np.inf), where=allowed > 0).max(initial=0.0))
 
 
 def _cube(array: Array, axis: int) -> Array:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from groupnorm._core.atomic import write_whole
 from groupnorm.errors import FileError
 
 __all__ = ["FORMAT", "Record", "keep", "load", "read", "save"]
@@ -66,6 +67,11 @@ class Record:
         )
 
     @property
+    def run(self) -> tuple[Any, ...]:
+        """What is measured together, in turns: all rivals on this work."""
+        return self.work
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What no two records of a file have in common."""
         return (*self.work, self.rival)
@@ -77,6 +83,10 @@ class Keyed(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
+    def run(self) -> tuple[Any, ...]:
+        """What is measured together, in turns."""
+
+    @property
     def key(self) -> tuple[Any, ...]:
         """What no two records of a file have in common."""
 
@@ -85,7 +95,8 @@ K = TypeVar("K", bound=Keyed)
 
 
 def save(records: Iterable[Record], folder: Path) -> list[Path]:
-    """Write records to folder/<machine>/<case>.json, in the place of older ones of the same work and rival.
+    """Write records to folder/<machine>/<case>.json, in the place of older ones of the same work, other rivals' too:
+    times of two days are not to be compared.
 
     Returns the files written. Raises FileError if a file that is there cannot be understood, OSError if one cannot be
     written.
@@ -107,14 +118,14 @@ def load(folder: Path) -> list[Record]:
 
 
 def keep(path: Path, records: Iterable[K], kind: type[K], form: str) -> None:
-    """Write records to a file of the format `form`, in the place of older ones with the same keys."""
-    kept = {old.key: old for old in (read(path, kind, form) or [])} if path.exists() else {}
-    kept |= {record.key: record for record in records}
+    """Write records to a file of the format `form`, in the place of older ones of the same runs."""
+    fresh = {record.key: record for record in records}
+    runs = {record.run for record in fresh.values()}
+    old = (read(path, kind, form) or []) if path.exists() else []
+    kept = {record.key: record for record in old if record.run not in runs} | fresh
     path.parent.mkdir(parents=True, exist_ok=True)
     ordered = [asdict(kept[key]) for key in sorted(kept)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"format": form, "records": ordered}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, (json.dumps({"format": form, "records": ordered}, indent=1) + "\n").encode())
 
 
 def read(path: Path, kind: type[K], form: str) -> list[K] | None:

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib import import_module, util
 from typing import Any
 
 import groupnorm as gn
@@ -39,15 +40,21 @@ def run(
 ) -> list[Record]:  # fmt: skip
     """The records of all work, in its order; `report` sees those of each piece of work as soon as they exist."""
     machine, before = describe(), gn.get_num_threads()
+    torch: Any = import_module("torch") if util.find_spec("torch") is not None else None
+    torch_before = torch.get_num_threads() if torch else None
     found: list[Record] = []
     try:
         for work in todo:
+            if torch:
+                torch.set_num_threads(work.threads)
             records = measure_work(work, tuple(rivals), machine, budget_s=budget_s, cold=cold)
             found += records
             report(records)
             gc.collect()  # tensors of 140 MB times eight rivals
     finally:
         gn.set_num_threads(before)
+        if torch:
+            torch.set_num_threads(torch_before)
     return found
 
 

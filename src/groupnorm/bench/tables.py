@@ -8,7 +8,7 @@ from groupnorm.bench.cases import CASES
 from groupnorm.bench.records import Record
 from groupnorm.bench.rivals import RIVALS
 
-__all__ = ["OURS", "TABLES", "groups_of_work", "machine_name", "machine_of", "short"]
+__all__ = ["OURS", "TABLES", "groups_of_work", "machine_name", "machine_of", "ms", "ours", "short", "versions_of"]
 
 OURS = ("groupnorm-out", "groupnorm")  # what stands for us: with out= where that exists, as the copy has its target
 _ORDER = {case.name: i for i, case in enumerate(CASES)}
@@ -87,8 +87,17 @@ def _blocks(records: list[Record], direction: str, *, headline: bool) -> list[tu
     return [(_about([record for group in groups for record in group.values()]), groups) for groups in blocks.values()]
 
 
+def versions_of(records: Iterable[Any]) -> dict[str, str]:
+    """Package -> its version in these records, all of them where there are several."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for name, version in record.versions.items():
+            found.setdefault(name, set()).add(version)
+    return {name: " and ".join(sorted(versions)) for name, versions in found.items()}
+
+
 def _about(records: list[Record]) -> str:
-    seen = {name: version for record in records for name, version in sorted(record.versions.items())}
+    seen = versions_of(records)
     wanted = [
         f"{title} {seen[key]}" for key, title in (("groupnorm", "groupnorm"), ("torch", "PyTorch")) if key in seen
     ]
@@ -184,8 +193,7 @@ def _machines(records: list[Record]) -> str:
         )
         caches = ", ".join(f"{name} {size >> 10} KB" for name, size in machine["caches"].items())
         memory = f"{machine['memory_bytes'] / 2**30:.0f} GB" if machine["memory_bytes"] else "-"
-        seen = {name: version for record in found for name, version in record.versions.items()}
-        listed = ", ".join(f"{name} {version}" for name, version in sorted(seen.items()))
+        listed = ", ".join(f"{name} {version}" for name, version in sorted(versions_of(found).items()))
         lines.append(f"| {machine['cpu']} | {machine['cores']} | {caches} | {memory} "
                      f"| {largest.copy_bandwidth / 1e9:.1f} GB/s | {listed} |")  # fmt: skip
     return "\n".join(lines)

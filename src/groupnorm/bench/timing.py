@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Timing", "measure", "measure_cold"]
+__all__ = ["Timing", "measure", "measure_cold", "measure_long"]
 
 _CLOCK_S = 100e-6  # a sample takes at least this long: 1000 times what reading the clock costs
 _STATELESS_S = 20e-3  # what takes longer does not depend on what was in the caches before
@@ -53,6 +53,17 @@ def measure(
             samples[name].append(_sample(contestants[name], count))
         order = [name for name in reversed(order) if _wants_more(samples[name], calls[name][0], budget_s, min_repeats)]
     return {name: _summary(taken, calls[name][0]) for name, taken in samples.items()}
+
+
+def measure_long(contestants: Mapping[str, Callable[[], Any]], *, repeats: int = 3) -> dict[str, Timing]:
+    """The same for callables that were called before and take many seconds: so many calls each, in turns."""
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    order = list(contestants)
+    for _ in range(repeats):
+        for name in order:
+            samples[name].append(_sample(contestants[name], 1))
+        order.reverse()
+    return {name: _summary(taken, 1) for name, taken in samples.items()}
 
 
 def measure_cold(

@@ -238,3 +238,10 @@ def _print_noise(found: dict[str, Any], table: Any, console: Any) -> None:
     console.print(f"group norm: a sample alone and in its batch have statistics that differ by {changed:g}")
     at_32 = ", ".join(f"{name} {error}" for name, error in PUBLISHED_NORMS.items())
     console.print(f"published errors: {SOURCE}; with 32 images each: {at_32}", soft_wrap=True)
+    worse = {size: PUBLISHED["batch norm"][size] - error for size, error in PUBLISHED["group norm, G = 32"].items()}
+    small = {size: more for size, more in worse.items() if more > 0}
+    console.print(
+        f"a batch is small where batch norm's published error is above group norm's: {max(small)} images for each set "
+        f"of statistics, and fewer ({', '.join(f'{more:+.1f} with {size}' for size, more in small.items())})",
+        soft_wrap=True,
+    )
