@@ -668,3 +668,77 @@ def test_a_norm_that_was_parametrized_afterwards_is_reported():
     gnt.convert(model)
     torch.nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
     assert gnt.revert(model).count("skipped") == 1
+
+
+def test_a_dropout_that_acts_in_training_is_passed_over_in_eval():
+    """Converted while it trains, as a model is when it is made."""
+    norm, x = torch.nn.GroupNorm(4, 8), torch.randn(3, 8, 5)
+    model = torch.nn.Sequential(norm, torch.nn.Dropout(0.2), torch.nn.ReLU())
+    assert gnt.convert(model).count("fused") == 1
+    torch.manual_seed(0)
+    found = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, F.relu(F.dropout(F.group_norm(x, 4), 0.2, True)))
+    model.eval()
+    calls = []
+    norm.normalized = lambda *arguments: calls.append(arguments[1:]) or gnt.GroupNorm.normalized(norm, *arguments)
+    torch.testing.assert_close(model(x), F.relu(F.group_norm(x, 4)))
+    assert calls == [("relu",)]
+
+
+def test_a_norm_that_works_in_place_is_not_fused():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.act = gnt.GroupNorm(4, 8, inplace=True), torch.nn.ReLU()
+
+        def forward(self, x):
+            v = self.norm(x)
+            v = self.act(v)
+            return v + x
+
+    x, block = torch.randn(3, 8, 5), Block()
+    with torch.no_grad():
+        want = block(x.clone())
+        assert gnt.convert(block).count("fused") == 0
+        torch.testing.assert_close(block(x.clone()), want)
+
+
+def test_a_sequential_with_an_order_of_its_own_is_left_alone():
+    class Backwards(torch.nn.Sequential):
+        def __iter__(self):
+            return reversed(list(super().__iter__()))
+
+    model, x = Backwards(torch.nn.GroupNorm(4, 8), torch.nn.ReLU()), torch.randn(3, 8, 5)
+    want = model(x)
+    assert "order" in str(gnt.convert(model))
+    torch.testing.assert_close(model(x), want)
+
+
+def test_forwards_that_were_replaced_in_pytorchs_classes_stay(monkeypatch):
+    model, x = torch.nn.Sequential(torch.nn.GroupNorm(4, 8), torch.nn.SiLU()), torch.randn(3, 8, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.SiLU, "forward", lambda self, x: 3 * x)
+        assert gnt.convert(model).count("fused") == 0
+        torch.testing.assert_close(model(x), 3 * F.group_norm(x, 4))
+    gnt.revert(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.GroupNorm, "forward", lambda self, x: 2 * x)
+        assert "replaced" in str(gnt.convert(model))
+        torch.testing.assert_close(model(x), F.silu(2 * x))
+
+
+def test_batch_norms_whose_weight_is_computed_are_left_alone():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(8), torch.nn.BatchNorm1d(8))
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    report = gnt.convert(model, batch_norm=True)
+    assert (report.count("replaced"), report.count("skipped")) == (1, 1)
+    assert type(model[1]) is torch.nn.BatchNorm1d
+
+
+def test_modules_that_work_in_place_can_be_traced():
+    x = torch.randn(3, 8, 5)
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(gnt.GroupNorm(4, 8, inplace=True)))
+    torch.testing.assert_close(traced(x), F.group_norm(x, 4))

@@ -312,3 +312,27 @@ def test_expanded_weights():
     per_sample(model)(x).sum().backward()
     for parameter, wanted in zip(model.parameters(), want, strict=True):
         torch.testing.assert_close(parameter.grad_sample, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_expanded_weights_with_a_residual_and_a_scale(activation):
+    per_sample = pytest.importorskip("torch.nn.utils._per_sample_grad").call_for_per_sample_grads
+
+    class Block(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x):
+            scale = x.mean(2)
+            options = {"scale": scale, "shift": scale, "residual": x}
+            if isinstance(self.norm, gnt.GroupNorm):
+                return self.norm.normalized(x, activation, **options)
+            y = self.norm(x) * (1 + scale[:, :, None]) + scale[:, :, None] + x
+            return y if activation is None else F.relu(y)
+
+    x, found = torch.randn(3, 8, 5), []
+    for norm in (nn.GroupNorm(4, 8), gnt.GroupNorm(4, 8)):
+        per_sample(Block(norm))(x).sum().backward()
+        found.append([parameter.grad_sample for parameter in norm.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.amp.autocast_mode import is_autocast_available
 
 from groupnorm.errors import OptionError
 
@@ -35,4 +36,5 @@ def get_autocast() -> str:
 def cast(x: Tensor) -> Tensor:
     """x as the policy wants it."""
     sixteen = _policy == "float32" and getattr(x, "dtype", None) in (torch.float16, torch.bfloat16)
-    return x.float() if sixteen and torch.is_autocast_enabled(x.device.type) else x
+    kind = x.device.type if sixteen else ""
+    return x.float() if sixteen and is_autocast_available(kind) and torch.is_autocast_enabled(kind) else x

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from groupnorm.torch import call, composite
+from groupnorm.torch.road import is_followed
 
 __all__ = ["Differentiable"]
 
@@ -26,8 +27,10 @@ class Differentiable(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """y, by an engine."""
         y, stats = call.forward(kind, x, weight, bias, scale, shift, residual, mask, None, True)
+        ctx.kind, ctx.passed = kind, None
+        if residual is not None and kind.activation is None:  # its gradient is dy, whatever it is
+            ctx.passed, residual = residual.dtype, None
         ctx.save_for_backward(x, weight, bias, scale, shift, residual, mask, stats)
-        ctx.kind = kind
         return y
 
     @staticmethod
@@ -35,8 +38,14 @@ class Differentiable(torch.autograd.Function):
         """The gradients of the inputs that need one."""
         x, weight, bias, scale, shift, residual, mask, stats = ctx.saved_tensors
         kind, needs = ctx.kind, ctx.needs_input_grad[:6]
-        if torch.is_grad_enabled() or _is_batch(dy):  # create_graph=True: these gradients will be differentiated
-            found = composite.gradients(dy, needs, x, kind.num_groups, weight, bias, kind.eps, kind.activation, scale,
-                                        shift, residual, mask)  # fmt: skip
-            return *found, None, None
-        return *call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, needs), None, None
+        if ctx.passed is not None:
+            needs = (*needs[:5], False)
+        # With create_graph=True these gradients will be differentiated.
+        if torch.is_grad_enabled() or is_followed() or dy.__class__ is not torch.Tensor or _is_batch(dy):
+            found: Any = composite.gradients(dy, needs, x, kind.num_groups, weight, bias, kind.eps, kind.activation,
+                                             scale, shift, residual, mask)  # fmt: skip
+        else:
+            found = call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, needs)
+        if ctx.passed is not None and ctx.needs_input_grad[5]:
+            found = (*found[:5], dy.to(ctx.passed))
+        return *found, None, None

@@ -152,12 +152,15 @@ def backward(
     """The gradients of x, weight, bias, scale, shift and residual, those that `needs` marks, in their types. `of` is
     the kind of the forward, whose tensors these are, `stats` what it gave.
     """
-    # With strides: tensors that saved_tensors_hooks packed may come back with others.
-    key: Any = (needs, dy.dtype, dy.is_cpu or dy.device, dy.is_neg(), dy.stride(), x.stride(),
+    # With types and strides: tensors that saved_tensors_hooks packed may come back with others.
+    key: Any = (needs, dy.dtype, dy.is_cpu or dy.device, dy.is_neg(), dy.stride(), x.dtype, x.stride(), stats.dtype,
                 weight is None or weight.stride(), bias is None or bias.stride())  # fmt: skip
     if not of.usual:
         key += tuple(map(_form, (scale, shift, residual, mask)))
     kind = of.backwards.get(key)
+    if kind is None and stats.dtype != torch.promote_types(x.dtype, torch.float32):
+        stats = stats.to(torch.promote_types(x.dtype, torch.float32))
+        return backward(of, dy, x, weight, bias, scale, shift, residual, mask, stats, needs)
     if kind is None:
         tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
                    "mask": mask, "dy": dy, "mean": stats[0], "rstd": stats[1]}  # fmt: skip
@@ -214,6 +217,7 @@ def empty_result(x: Tensor) -> Tensor:
 def moments(x: Tensor, num_groups: int, mask: Tensor) -> Tensor:
     """Count, mean and M2 of each group, as one float64 tensor (N, G, 3)."""
     tensors = {"x": x, "mask": mask}
+    num_groups = int(num_groups)  # a tensor may change
     key = ("moments", num_groups, torch.get_num_threads(), _form(x), _form(mask))
     options = Options("moments", num_groups, 0.0, "NCHW", None, False)
     kind = _kinds.get(key) or _keep(key, _learn(options, tensors))
@@ -233,7 +237,7 @@ def normalize(
 ) -> Tensor:  # fmt: skip
     """y from given moments, a float64 tensor (N, G, 3)."""
     tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
-    groups = statistics.shape[1]
+    groups, eps = statistics.shape[1], float(eps)  # a tensor may change
     key = ("normalize", groups, eps, activation, torch.get_num_threads(), *map(_form, tensors.values()))
     options = Options("normalize", groups, eps, "NCHW", activation, False)
     kind = _kinds.get(key) or _keep(key, _learn(options, tensors))
@@ -274,7 +278,7 @@ def _learn(options: Options, tensors: dict[str, Tensor], dx: bool = True) -> Kin
     for tensor in tensors.values():
         _at(tensor)
     memory_format = suggest_memory_format(x)
-    strides = empty_result(x.to("meta")).stride()
+    strides = empty_result(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")).stride()
     kind = Kind(options.num_groups, options.eps, options.activation, True, frozenset(), memory_format, strides)
     if gpu.takes(x):
         found = gpu.fit(options, tensors, dx)
@@ -373,7 +377,7 @@ def _view(tensor: Tensor) -> Any:
         return None
     tensor = tensor.detach()
     if tensor.is_neg():  # of which only the shape and the strides are looked at
-        tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     if tensor.dtype == torch.bfloat16:
         import ml_dtypes  # which CUDA tensors do without
 

@@ -64,10 +64,11 @@ def by_native(
     """The same without a mask, and with PyTorch's own group_norm in it, for exporters that know that one."""
     others = [tensor for tensor in (weight, bias, scale, shift, residual) if tensor is not None]
     if any(tensor.dtype != x.dtype for tensor in others):
-        weight, bias = (None if tensor is None else _wide(tensor) for tensor in (weight, bias))
-        xhat = torch.group_norm(_wide(x), num_groups, weight, bias, eps)
+        v = _wide(x)
+        weight, bias = (None if tensor is None else tensor.to(v.dtype) for tensor in (weight, bias))
+        xhat = F.group_norm(v, num_groups, weight, bias, eps)
     else:
-        xhat = torch.group_norm(x, num_groups, weight, bias, eps)
+        xhat = F.group_norm(x, num_groups, weight, bias, eps)
     return _epilogue(x, xhat, None, None, activation, scale, shift, residual, None)
 
 

@@ -21,6 +21,7 @@ __all__ = ["Change", "Report", "convert", "revert"]
 
 Module = Any
 
+_FORWARD = torch.nn.GroupNorm.forward  # which a library may replace
 _OPTIONS = ("activation", "inplace", "momentum", "track_running_stats")  # what a torch.nn.GroupNorm has not
 
 
@@ -81,7 +82,7 @@ def convert(model: Module, *, batch_norm: bool = False, across_modules: bool = F
     places = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     for name, module in model.named_modules():
         kind = type(module)
-        if kind is torch.nn.GroupNorm and "forward" in module.__dict__:
+        if kind is torch.nn.GroupNorm and ("forward" in module.__dict__ or kind.forward is not _FORWARD):
             report._add(name, "skipped", "its forward was replaced")
         elif kind is torch.nn.GroupNorm and (taken := _taken(module)):
             report._add(name, "skipped", f"it has something of its own that is called {taken}")
@@ -92,6 +93,8 @@ def convert(model: Module, *, batch_norm: bool = False, across_modules: bool = F
             report._add(name, "skipped", f"{kind.__name__} is a class of its own")
         elif batch_norm and kind in BATCH_NORMS and "forward" in module.__dict__:
             report._add(name, "skipped", "its forward was replaced")
+        elif batch_norm and kind in BATCH_NORMS and not {"weight", "bias"} <= module._parameters.keys():
+            report._add(name, "skipped", "its weight or bias is computed (pruning, or a norm of the weight)")
         elif batch_norm and kind in BATCH_NORMS:
             replace_batch_norm(module)
             report._add(name, "replaced", f"{kind.__name__}: {_sizes(module)}; train it further")

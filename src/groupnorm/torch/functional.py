@@ -3,14 +3,24 @@
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch.overrides import handle_torch_function, has_torch_function
 
+from groupnorm._core.problem import check_activation
 from groupnorm.errors import OptionError
 from groupnorm.torch import call, composite, ops
 from groupnorm.torch.autocast import cast
 from groupnorm.torch.autograd import Differentiable
 from groupnorm.torch.checks import check
-from groupnorm.torch.road import asks_for_gradient, is_expanded, is_followed, is_for_operators
+from groupnorm.torch.road import (
+    as_plain,
+    asks_for_gradient,
+    is_dense,
+    is_expanded,
+    is_followed,
+    is_for_operators,
+    is_transformed,
+)
 
 __all__ = ["group_norm"]
 
@@ -41,9 +51,9 @@ def group_norm(
     `groupnorm.reference`.
     """
     if has_torch_function((x, weight, bias, scale, shift, residual, mask, out)):
-        if is_expanded(weight, bias) and scale is None and shift is None and residual is None and mask is None:
-            y = torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)  # for which PyTorch knows what to do
-            return y if activation is None else composite.ACTIVATIONS[activation](y)
+        if is_expanded(weight, bias) and mask is None and out is None:
+            check_activation(activation)  # the rest is PyTorch's to check, which knows what to do with these
+            return composite.by_native(x, num_groups, weight, bias, eps, activation, scale, shift, residual)
         return handle_torch_function(
             group_norm, (x, weight, bias, scale, shift, residual, mask, out), x, num_groups, weight, bias, eps,
             activation=activation, scale=scale, shift=shift, residual=residual, mask=mask, out=out,
@@ -52,6 +62,14 @@ def group_norm(
     if is_followed():
         return _followed(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
+    if not kind.plain:
+        given = (x, weight, bias, scale, shift, residual, mask, out)
+        plain = tuple(map(as_plain, given))
+        if any(now is not before for now, before in zip(plain, given, strict=True)):
+            x, weight, bias, scale, shift, residual, mask, into = plain
+            y = group_norm(x, kind.num_groups, weight, bias, kind.eps, activation=activation, scale=scale, shift=shift,
+                           residual=residual, mask=mask, out=into)  # fmt: skip
+            return y if out is None else out
     if asks_for_gradient(x, weight, bias, scale, shift, residual, out):
         _refuse_out(out)
         if kind.plain:
@@ -85,8 +103,13 @@ def _composed(
     """y in PyTorch's own operations."""
     if x.is_meta and any(t is not None and not t.is_meta for t in (weight, bias, scale, shift, residual, mask)):
         return call.empty_result(x)  # as PyTorch does: shapes are shown with parameters that have data, too
-    y = composite.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
-    return y if out is None else out.copy_(y)
+    if mask is None and not x.is_cpu and is_dense(x) and not is_transformed():  # its kernels are for these
+        y = composite.by_native(x, num_groups, weight, bias, eps, activation, scale, shift, residual)
+    else:
+        y = composite.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
+    if out is not None:
+        return out.copy_(y)
+    return y if is_transformed() else y.contiguous(memory_format=suggest_memory_format(x))
 
 
 def _refuse_out(out: Tensor) -> None:

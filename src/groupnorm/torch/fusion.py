@@ -24,8 +24,11 @@ Module = Any
 Tensor = Any
 F = torch.nn.functional
 
-_MODULES = {torch.nn.ReLU: "relu", torch.nn.SiLU: "silu", torch.nn.Sigmoid: "sigmoid", torch.nn.Tanh: "tanh",
-            torch.nn.Hardswish: "hardswish"}  # fmt: skip
+_MODULES: dict[Any, str] = {
+    torch.nn.ReLU: "relu", torch.nn.SiLU: "silu", torch.nn.GELU: "gelu", torch.nn.Sigmoid: "sigmoid",
+    torch.nn.Tanh: "tanh", torch.nn.Hardswish: "hardswish",
+}  # fmt: skip
+_FORWARDS = {kind: kind.forward for kind in _MODULES}  # which a library may replace in PyTorch's own classes
 _FUNCTIONS = {F: ("relu", "silu", "gelu", "sigmoid", "tanh", "hardswish"), torch: ("relu", "sigmoid", "tanh")}
 _DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
 
@@ -78,10 +81,10 @@ def _is_like(value: Any, x: Tensor, shape: tuple[int, ...]) -> bool:
 def activation_name(module: Module) -> str | None:
     """The name of the activation that a module is; None if it is something else."""
     kind = type(module)
-    if kind is torch.nn.GELU and "forward" not in module.__dict__:
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     name = _MODULES.get(kind)
-    return None if name is None or "forward" in module.__dict__ else name
+    if name is None or "forward" in module.__dict__ or kind.forward is not _FORWARDS[kind]:
+        return None
+    return "gelu_tanh" if name == "gelu" and module.approximate == "tanh" else name
 
 
 def is_watched(*modules: Module) -> bool:
@@ -102,8 +105,10 @@ def fuse(module: Module) -> Found:
     if "forward" in module.__dict__:
         return Found({}, reason="its forward was replaced")
     found: dict[str, tuple[str | None, str]]  # name of the activation if it is a function, name of its module else
+    if kind.forward is torch.nn.Sequential.forward and kind.__iter__ is not torch.nn.Sequential.__iter__:
+        return Found({}, reason="its children come in an order of its own")
     if kind.forward is torch.nn.Sequential.forward:
-        steps = _steps(list(module._modules.values()))
+        steps = _steps(list(module._modules.values()), in_eval=True)
         place = {id(child): name for name, child in module._modules.items()}
         found = {place[id(norm)]: (None, place[id(after)]) for norm, after in steps if after is not None}
         made, reason = _sequential_class(kind) if found else (None, None)
@@ -149,16 +154,16 @@ def _sequential_class(kind: Any) -> tuple[Any, Any]:
         return None, str(reason)
 
 
-def _steps(modules: list[Module]) -> list[tuple[Module, Module]]:
+def _steps(modules: list[Module], *, in_eval: bool = False) -> list[tuple[Module, Module]]:
     """The modules of a Sequential one after the other, norms together with the activation that follows, or None. A
-    dropout that does nothing may stand between the two, as in MONAI's ADN.
+    dropout that does nothing may stand between the two, as in MONAI's ADN; `in_eval`: as if none did anything.
     """
     steps = []
     while modules:
         module = modules.pop(0)
         after = 0
         if is_ours(module):
-            while after < len(modules) and _does_nothing(modules[after]):
+            while after < len(modules) and _does_nothing(modules[after], in_eval):
                 after += 1
             if after < len(modules) and activation_name(modules[after]) is not None:
                 steps.append((module, modules[after]))
@@ -168,9 +173,9 @@ def _steps(modules: list[Module]) -> list[tuple[Module, Module]]:
     return steps
 
 
-def _does_nothing(module: Module) -> bool:
+def _does_nothing(module: Module, in_eval: bool) -> bool:
     kind = type(module)
-    idle = kind is torch.nn.Identity or (kind in _DROPOUTS and (module.p == 0 or not module.training))
+    idle = kind is torch.nn.Identity or (kind in _DROPOUTS and (in_eval or module.p == 0 or not module.training))
     return idle and "forward" not in module.__dict__ and not is_watched(module)
 
 
@@ -240,6 +245,8 @@ def _restored(make: Any, kind: Any, *children: Any) -> Any:
 
 
 def is_ours(norm: Module) -> bool:
-    """Whether a module is a `GroupNorm` of which nothing was changed, and which leaves the activation to others."""
+    """Whether a module is a `GroupNorm` of which nothing was changed, and which leaves the activation to others. With
+    `inplace` x would hold what the norm gives, or what the activation gives.
+    """
     plain = type(norm) is GroupNorm and "forward" not in norm.__dict__
-    return plain and norm.activation is None and not norm.track_running_stats
+    return plain and norm.activation is None and not norm.track_running_stats and not norm.inplace

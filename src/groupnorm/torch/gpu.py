@@ -26,9 +26,17 @@ _HOST_TOO = False  # for tests: Triton's interpreter takes tensors in host memor
 _SHAPED = ("x", "residual", "dy", "out")
 
 
-@functools.cache
 def is_here() -> bool:
-    """Whether there is the GPU engine. Without Triton CUDA tensors go through PyTorch's own operations, and a warning
+    """Whether there is the GPU engine."""
+    return _is_here()
+
+
+is_here._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result loads it
+
+
+@functools.cache
+def _is_here() -> bool:
+    """Without Triton CUDA tensors go through PyTorch's own operations, and a warning
     says so, once; without one where the environment has GROUPNORM_GPU=off.
     """
     if os.environ.get("GROUPNORM_GPU", "").lower() == "off":

@@ -79,7 +79,7 @@ class GroupNorm(torch.nn.GroupNorm):
     ) -> Tensor:  # fmt: skip
         """`group_norm` of the input with this module's parameters, by its own statistics, and with these arguments."""
         out = None
-        if self.inplace and not torch.compiler.is_compiling():
+        if self.inplace and isinstance(input, torch.Tensor) and not torch.compiler.is_compiling():
             out = None if asks_for_gradient(input, self.weight, self.bias, scale, shift, residual) else input
             out = out if cast(input) is input else None  # y will be of another type
         return group_norm(

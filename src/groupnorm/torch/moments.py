@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
 from groupnorm.errors import DtypeError, GroupNormError, ShapeError
 from groupnorm.torch import call, composite
 from groupnorm.torch.autocast import cast
 from groupnorm.torch.checks import check
-from groupnorm.torch.road import asks_for_gradient, is_followed, is_plain
+from groupnorm.torch.road import as_plain, asks_for_gradient, is_followed, is_plain
 
 __all__ = ["Moments", "merge_moments", "moments", "normalize"]
 
@@ -72,7 +73,9 @@ def moments(x: Tensor, num_groups: int, *, mask: Tensor = None) -> Moments:
     """Count, mean and M2 of every group of x. Arguments, types and errors as for `group_norm`; differentiable in x.
     Cost: x is read once.
     """
-    x = cast(x)
+    if has_torch_function((x, mask)):
+        return handle_torch_function(moments, (x, mask), x, num_groups, mask=mask)
+    x, mask = as_plain(cast(x)), as_plain(mask)
     check(x, num_groups, None, None, 0.0, None, None, None, None, mask, None)
     if is_plain(x, mask) and not is_followed() and not asks_for_gradient(x):
         return Moments(*call.moments(x, num_groups, mask).movedim(2, 0).contiguous().unbind(0))
@@ -88,6 +91,11 @@ def normalize(
     Differentiable in everything, m too. Arguments, result and errors as for `group_norm`. Cost: x is read once and y
     written once; where a gradient is asked for, PyTorch's own operations do it, which keep tensors of x's size.
     """
+    inputs = (x, weight, bias, scale, shift, residual)
+    if has_torch_function(inputs):
+        return handle_torch_function(normalize, inputs, x, m, weight, bias, eps, activation=activation, scale=scale,
+                                     shift=shift, residual=residual)  # fmt: skip
+    x, weight, bias, scale, shift, residual = map(as_plain, inputs)
     x = cast(x)
     given: Any = m
     if not isinstance(given, Moments) or given.mean.dim() != 2:

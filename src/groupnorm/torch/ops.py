@@ -24,7 +24,7 @@ _library: Any = torch.library.Library("groupnorm", "DEF")  # type: ignore[no-unt
 _TAGS = [getattr(torch.Tag, name) for name in ("flexible_layout", "pt2_compliant_tag") if hasattr(torch.Tag, name)]
 _library.define(f"group_norm(Tensor x, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(
-    f"group_norm_backward(Tensor dy, Tensor x, Tensor stats, {_OPTIONS}) -> "
+    f"group_norm_backward(Tensor dy, Tensor x, Tensor stats, {_OPTIONS}, bool[6] needs) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -65,22 +65,25 @@ def _forward_fake(
 
 def _backward(
     dy: Tensor, x: Tensor, stats: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
-    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
+    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    needs = (True, *(tensor is not None for tensor in (weight, bias, scale, shift, residual)))
     dy, x, weight, bias, scale, shift, residual, mask = _as_tensors(dy, x, weight, bias, scale, shift, residual, mask)
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None)
-    found = call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, needs)
+    found = call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, tuple(needs))
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
 def _backward_fake(
     dy: Tensor, x: Tensor, stats: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
-    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
+    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    parameters = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias, scale, shift))
-    dresidual = x.new_empty(0) if residual is None else call.empty_result(x).to(residual.dtype)
-    return call.empty_result(x), *parameters, dresidual
+    given = (x, weight, bias, scale, shift, residual)
+    return tuple(
+        x.new_empty(0) if not needed
+        else tensor.new_empty(tensor.shape) if 0 < place < 5
+        else call.empty_result(x).to(tensor.dtype)
+        for place, (tensor, needed) in enumerate(zip(given, needs, strict=True))
+    )  # fmt: skip
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -88,6 +91,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
+    ctx.passed = None
+    if residual is not None and activation is None:  # its gradient is dy, whatever it is
+        ctx.passed, residual = residual.dtype, None
     ctx.save_for_backward(x, weight, bias, scale, shift, residual, mask, stats)
     ctx.options = num_groups, eps, activation
 
@@ -97,19 +103,21 @@ def _differentiate(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None,
     num_groups, eps, activation = ctx.options
     if dy is None:
         return (None,) * 10
-    given = (x, weight, bias, scale, shift, residual)
+    asked = [ctx.needs_input_grad[place] for place in (0, 2, 3, 6, 7, 8)]
+    needs = (*asked[:5], asked[5] and ctx.passed is None)
     if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
-        needs = tuple(ctx.needs_input_grad[place] for place in (0, 2, 3, 6, 7, 8))
         found = composite.gradients(
             dy, needs, x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask
         )
     else:
         found = torch.ops.groupnorm.group_norm_backward(
-            dy, x, stats, num_groups, weight, bias, eps, activation, scale, shift, residual, mask
+            dy, x, stats, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, needs
         )
     dx, dweight, dbias, dscale, dshift, dresidual = (
-        None if tensor is None else gradient for tensor, gradient in zip(given, found, strict=True)
+        gradient if needed else None for gradient, needed in zip(found, needs, strict=True)
     )
+    if asked[5] and ctx.passed is not None:
+        dresidual = dy.to(ctx.passed)
     return dx, None, dweight, dbias, None, None, dscale, dshift, dresidual, None
 
 

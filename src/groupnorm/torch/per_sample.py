@@ -28,8 +28,9 @@ def per_sample_gradients(layer: Any, activations: list[Tensor], dy: Tensor) -> d
     if layer.weight is None:
         return {}
     x, (n, c) = cast(activations[0].detach()), activations[0].shape[:2]
-    scale = (layer.weight.detach() - 1).expand(n, c).contiguous()
-    shift = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().expand(n, c).contiguous()
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)  # in 16 bits 1 + (weight - 1) is not weight
+    scale = (layer.weight.detach().to(dtype) - 1).expand(n, c).contiguous()
+    shift = torch.zeros_like(scale) if layer.bias is None else layer.bias.detach().to(dtype).expand(n, c).contiguous()
     groups, eps, activation = layer.num_groups, layer.eps, layer.activation
     if is_plain(x, dy, scale, shift) and not is_followed():
         kind = call.kind_of(x, groups, None, None, eps, activation, scale, shift, None, None, None)
@@ -40,7 +41,11 @@ def per_sample_gradients(layer: Any, activations: list[Tensor], dy: Tensor) -> d
         scale, shift = scale.requires_grad_(), shift.requires_grad_()
         gradients = composite.gradients(dy, _NEEDS, x, groups, None, None, eps, activation, scale, shift, None, None)
     pairs = zip((layer.weight, layer.bias), gradients[3:5], strict=True)
-    return {parameter: gradient for parameter, gradient in pairs if parameter is not None and parameter.requires_grad}
+    return {
+        parameter: gradient.to(parameter.dtype)
+        for parameter, gradient in pairs
+        if parameter is not None and parameter.requires_grad
+    }
 
 
 def register_with_opacus(layer: type) -> None:
