@@ -196,6 +196,7 @@ def test_a_factory_inside_a_class_without_an_input(nets):
     (["advised_nets:gives_a_number"], "type int, no torch.nn.Module"),
     (["advised_nets:build", "--input", "2,3,oops"], "1,3,224,224"),
     (["advised_nets:build", "--input", "2,3,0,8"], "1,3,224,224"),
+    (["advised_nets:build", "--input", "2,3," + 5000 * "9"], "1,3,224,224"),
     (["advised_nets:build", "--input", "999999,999999,9,9"], "more than"),
     (["advised_nets:build", "--input", "2,5,8,8"], "the model raised RuntimeError"),
     (["advised_nets:build", "--batch", "0"], "batch must be"),

@@ -82,6 +82,21 @@ def test_later_opsets():
             caffe2.to_onnx(net, opset=opset)
 
 
+def test_sizes_and_constants_of_other_kinds():
+    net = caffe2.NetDef(op=[norm("X g b", "Y", group=2)])
+    net.external_output.append("Y")
+    workspace = data((2, 4, 3, 3), 4)
+    swapped = {name: workspace[name].astype(">f4") for name in ("g", "b")}
+    model = check(net, workspace, shapes={"X": np.array([2, 4, 3, 3])}, constants=swapped)
+    assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == [2, 4, 3, 3]
+    with pytest.raises(ShapeError, match="must divide the channels"):
+        caffe2.to_onnx(net, shapes={"X": np.array([2, 5, 3, 3])})
+    with pytest.raises(ShapeError, match="batch and a channel axis"):
+        caffe2.to_onnx(net, shapes={"X": ()})
+    with pytest.raises(ShapeError, match="whole numbers"):
+        caffe2.to_onnx(net, shapes={"X": (2, 4.5, 3, 3)})
+
+
 def test_a_chain_with_constants():
     net = caffe2.NetDef(op=[
         norm("X g b", "h m1 s1", "first", group=2, order="NHWC", is_test=0),

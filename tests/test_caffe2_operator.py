@@ -284,7 +284,7 @@ def test_formulae_check_their_arguments():
         caffe2.compute_fused_params(GAMMA, BETA[:1], MU, RSIG)
     with pytest.raises(ShapeError, match=r"ds must have the shape \(N, C\)"):
         caffe2.gamma_beta_backward(np.ones(2, F), np.ones(2, F), MU, RSIG)
-    with pytest.raises(ShapeError, match="with the N of ds"):
+    with pytest.raises(ShapeError, match="mu and rsig must have a row for each of the 2 rows of ds"):
         caffe2.gamma_beta_backward(np.ones((2, 2), F), np.ones((2, 2), F), MU, RSIG)
 
 

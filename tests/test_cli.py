@@ -213,3 +213,52 @@ def test_feature_maps_are_those_of_their_filters():
     blurred = ["luminance, blur" in name for name in features.channel_names()]
     np.testing.assert_allclose(maps[:, blurred], 0.5, atol=1e-6)  # a flat picture: its blur is itself
     np.testing.assert_allclose(maps[:, ~np.array(blurred)], 0, atol=1e-6)  # and no filter sees anything else
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+def test_documents_have_null_for_what_json_has_not(capsys):
+    from groupnorm.cli.documents import print_json
+
+    print_json({"a": float("nan"), "b": [1.5, (float("inf"), "x")], "c": {"d": np.float64("-inf"), "e": None}})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, [None, "x"]], "c": {"d": None, "e": None}}
+
+
+def test_nan_is_never_correct():
+    from groupnorm.cli.demo import _worst
+
+    assert np.isnan(_worst([1e-7, float("nan"), 2.0]))
+    assert not _worst([1e-7, float("nan")]) <= 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_terminals_with_few_characters(encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "groupnorm", "roofline", "2x64x8x8", "--machine", "H200"], capture_output=True,
+        check=False, timeout=120, env={**os.environ, "PYTHONPATH": str(SOURCE), "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert ("\u2588" if encoding == "utf-8" else "#") in done.stdout.decode(encoding)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+def test_names_of_files_that_are_no_text(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((2, 4, 3), np.float32))
+    done = groupnorm("run", "x.npy", "--groups", "2", "--output", "y\udcff.npy", cwd=tmp_path, PYTHONIOENCODING="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "udcff.npy" in done.stdout
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_is_one_line():
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "groupnorm", "info", "--json"], stdout=full, stderr=subprocess.PIPE, text=True,
+            check=False, timeout=120, env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr

@@ -301,3 +301,12 @@ def test_the_specification_refuses_what_it_does_not_define() -> None:
     for wrong in ({"num_groups": 3}, {"num_groups": 0}, {"num_groups": 16}, {"num_groups": 2, "layout": "CHWN"}):
         with pytest.raises(ValueError, match="must"):
             gn.reference.group_norm(X, **wrong)
+
+
+def test_tensors_that_ask_for_gradients_are_for_groupnorm_torch():
+    torch = pytest.importorskip("torch")
+    x = torch.ones(2, 4, 3, requires_grad=True)
+    with pytest.raises(gn.DtypeError, match=r"groupnorm\.torch"):
+        gn.group_norm(x, 2)
+    with pytest.raises(gn.DtypeError, match="weight must be an array"):
+        gn.group_norm(np.ones((2, 4, 3), np.float32), 2, torch.nn.Parameter(torch.ones(4)), np.ones(4, np.float32))

@@ -204,6 +204,16 @@ def test_other_arrays_of_an_archive_are_not_lost(tmp_path):
     group_norm_file(x, f"{tmp_path}/b.npz:y", 2, stats=tmp_path / "s.npz")  # the same once more
     with np.load(tmp_path / "s.npz") as stats:
         assert set(stats) == {"mean", "rstd"}
+    np.savez(tmp_path / "g.npz", mean=X, dweight=X)  # gradients, which a forward does not make
+    refused(gn.FileError, "would be lost: dweight", tmp_path, x, y, 2, stats=tmp_path / "g.npz")
+
+
+@pytest.mark.parametrize("text", ["90", "[{}]", '"abc"', "[1, 2]", "null", "[" * 100_000])
+def test_an_output_that_holds_something_else_is_replaced(tmp_path, text):
+    np.save(tmp_path / "x.npy", X)
+    (tmp_path / "y.safetensors").write_bytes(len(text).to_bytes(8, "little") + text.encode())
+    group_norm_file(tmp_path / "x.npy", tmp_path / "y.safetensors", 2)
+    assert set(safetensors.numpy.load_file(tmp_path / "y.safetensors")) == {"y"}
 
 
 @pytest.mark.parametrize("how", ["itself", "symlink", "hardlink", "folder", "dots"])

@@ -283,6 +283,18 @@ def test_this_machine_is_measured_once(monkeypatch):
     assert len(calls) == 3
 
 
+def test_a_figure_that_is_missing_is_seen(tmp_path):
+    write_figures(PLAIN, tmp_path / "f.json")
+    text = json.loads((tmp_path / "f.json").read_text())
+    for name in ("read_bytes_per_s", "copy_bytes_per_s", "triad_bytes_per_s"):
+        level = text["speeds"][0]["levels"][0]
+        (tmp_path / "g.json").write_text(
+            json.dumps(text | {"speeds": [{**text["speeds"][0], "levels": [{**level, name: None}]}]})
+        )
+        with pytest.raises(gn.FileError, match="figure is missing"):
+            read_figures(tmp_path / "g.json")
+
+
 def test_figures_that_nobody_can_keep_are_still_given(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GROUPNORM_CACHE_DIR", str(tmp_path / "file"))  # a folder cannot be made here

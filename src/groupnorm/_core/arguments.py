@@ -150,6 +150,9 @@ def _floats(name: str, value: Any) -> Array:
     if value is None:
         raise DtypeError(f"{name} must be an array: got None")
     _refuse_masked(name, value)
+    if value.__class__ is not np.ndarray and getattr(value, "requires_grad", False) is True:
+        raise DtypeError(f"{name} must be an array: got a {type(value).__name__} that asks for a gradient; use "
+                         "groupnorm.torch for tensors, or pass its detach()")  # fmt: skip
     if hasattr(value, "__cuda_array_interface__"):
         raise DtypeError(f"{name} must be an array in host memory: got {type(value).__name__} in GPU memory; use "
                          "groupnorm.cuda, or groupnorm.torch for tensors")  # fmt: skip

@@ -24,6 +24,8 @@ __all__ = ["Identity", "Kind", "batch_norm", "beside_torch", "check_features", "
 
 Array = Any
 
+_MOST = {"float32": 1e35, "float64": 1e150}  # multiples and squares of it, in float64, are finite
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -73,7 +75,11 @@ def check_features(x: Array) -> Array:
                          "variances of one value are 0")  # fmt: skip
     if not np.isfinite(x).all():
         raise GroupNormError("x must be finite: got NaN or infinity, for which no two norms can be compared")
-    return np.ascontiguousarray(x, np.float64 if x.dtype == np.float64 else np.float32)
+    wide = np.ascontiguousarray(x, np.float64 if x.dtype == np.float64 else np.float32)
+    if (most := float(np.abs(wide).max())) > _MOST[wide.dtype.name]:
+        raise GroupNormError(f"x must be of ordinary size, up to {_MOST[wide.dtype.name]:g} in {wide.dtype}: got "
+                             f"{most:g}, where other norms overflow; divide it")  # fmt: skip
+    return wide
 
 
 def batch_norm(x: Array, weight: Array = None, bias: Array = None, *, eps: float = 1e-5) -> Array:

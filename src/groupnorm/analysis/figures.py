@@ -168,7 +168,7 @@ def _check(figures: MachineFigures) -> None:
     for speeds in figures.speeds:
         numbers += [speeds.operations_per_s, *speeds.flops_per_s.values()]
         for level in speeds.levels:
-            numbers += [number for number in level[1:] if number is not None]
+            numbers += level[2:] if level.capacity_bytes is None else level[1:]
         if not speeds.levels or "float32" not in speeds.flops_per_s:
             raise ValueError("levels or flops are missing")
     if not figures.speeds or not all(type(n) in (int, float) and 1e-12 < n < 1e24 for n in numbers):

@@ -54,5 +54,5 @@ def draw_noise(file: BinaryIO, noise: Sequence[Noise], group_dependence: float, 
             axes.legend(frameon=False, fontsize=9)
         left.set_xlabel("samples in the batch")
         right.set_xlabel("images on each GPU")
-        figure.text(0.015, 0.03, f"Left: {what}. Right: {source}.", fontsize=8.5, color=_GREY)
+        figure.text(0.015, 0.03, f"Left: {what}. Right: {source}.", fontsize=8.5, color=_GREY, parse_math=False)
         figure.savefig(file, format="png", metadata={"Software": "groupnorm"})

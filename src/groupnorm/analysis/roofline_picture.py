@@ -41,7 +41,7 @@ def draw_roofline(found: Roofline, measured_s: float | None, path: Path) -> None
             f"GroupNorm{act} {found.direction}, {size} {found.dtype} {found.layout}, {found.num_groups} groups",
             x=0.02, y=0.965, ha="left", fontsize=14, weight="bold",
         )  # fmt: skip
-        figure.text(0.02, 0.895, f"{found.machine.name}: {found.machine.source}", color="#57606a")
+        figure.text(0.02, 0.895, f"{found.machine.name}: {found.machine.source}", color="#57606a", parse_math=False)
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
         _roofs(left, found, measured_s)
         _times(right, found, measured_s)
@@ -67,7 +67,7 @@ def _roofs(axes: Any, found: Roofline, measured_s: float | None) -> None:
     first = peak / max(level.best_bytes_per_s for level in speeds.levels)
     axes.plot([first, high], [peak / 1e9] * 2, color=_INK, lw=1.4)
     axes.annotate(f"arithmetic {peak / 1e9:,.0f} GFLOP/s", (high, peak / 1e9), xytext=(0, 4), ha="right",
-                  textcoords="offset points", fontsize=8.5, color="#57606a")  # fmt: skip
+                  textcoords="offset points", fontsize=8.5, color="#57606a", parse_math=False)  # fmt: skip
     axes.axvline(found.intensity, color=_MUTED, lw=0.8, ls=":")
     for name, seconds, colour in _points(found, measured_s):
         speed = found.flops / seconds / 1e9

@@ -62,7 +62,7 @@ def draw_style(file: BinaryIO, study: Study, strength: float, titles: tuple[str,
             axes.set_axis_off()
             left = grid[i].get_position(figure).x0
             figure.text(left, down(1.07), title, fontsize=12, weight="bold", color=_INK if i < 2 else _OURS)
-            figure.text(left, down(1.31), line, fontsize=9, color=_GREY)
+            figure.text(left, down(1.31), line, fontsize=9, color=_GREY, parse_math=False)
             below = _distances(to_content, to_style)
             figure.text(left, 0.46 / height, below, fontsize=9.5, family="DejaVu Sans Mono", linespacing=1.5)
         figure.text(_LEFT, 0.15 / height, _DISTANCES, fontsize=9, color=_GREY)

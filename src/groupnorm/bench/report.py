@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
+from groupnorm._core.atomic import write_whole
 from groupnorm.bench.cases import CASES
 from groupnorm.bench.chart import Bar, bar_chart
 from groupnorm.bench.gpu.tables import GPU_TABLES
@@ -64,7 +65,7 @@ def report(root: Path) -> list[Path]:
                 new[path] = svg
     for path, text in new.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text.encode())
     return list(new)
 
 

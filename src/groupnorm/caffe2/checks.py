@@ -59,7 +59,7 @@ def check_array(name: str, value: Any, dtypes: tuple[str, ...]) -> Array:
         raise DtypeError(f"{name} must be a plain array: got a masked one, whose mask would be lost; pass {name}.data")
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: a tensor that asks for a gradient
         raise DtypeError(f"{name} must be an array of numbers: got {type(value).__name__} ({error})") from error
     if array.dtype.name not in dtypes:
         reason = "; Caffe2's operator has no other type" if dtypes == FLOAT32 else ""

@@ -63,7 +63,8 @@ def gamma_beta_backward(ds: Array, db: Array, mu: Array, rsig: Array) -> tuple[A
         raise ShapeError(f"ds must have the shape (N, C): got {ds.shape}; compute_internal_gradients gives it")
     check_shape("db", db, ds.shape, "ds's shape")
     mu, rsig = _of_channels(mu, rsig, ds.shape[1], same)
-    check_shape("mu", mu, ds.shape, "(N, G) with the N of ds")
+    if len(mu) != len(ds):
+        raise ShapeError(f"mu and rsig must have a row for each of the {len(ds)} rows of ds: got {len(mu)}")
     dgamma = ((ds - db.astype(np.float64) * mu) * rsig).sum(0)
     return dgamma.astype(ds.dtype), db.astype(np.float64).sum(0).astype(ds.dtype)
 

@@ -71,7 +71,9 @@ def group_norm_backward_nhwc(
 def forward(
     X: Array, gamma: Array, beta: Array, group: int, epsilon: float, order: str, dtypes: tuple[str, ...]
 ) -> tuple[Array, Array, Array]:
-    """Y, mu and rsig for either order and the types that are allowed."""
+    """Y, mu and rsig for either order and the types that are allowed. epsilon is rounded to float32, as Caffe2 holds
+    it, for float64 too.
+    """
     group, epsilon = check_group(group), check_epsilon(epsilon)
     X, gamma, beta = check_inputs(X, gamma, beta, group, order, dtypes)
     Y, mu, rsig = group_norm(

@@ -1,8 +1,9 @@
 """A net of GroupNorm operators as an ONNX model, with GroupNormalization of opset 21."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,12 @@ def to_onnx(
     operators = _operators(net)
     outputs = _outputs(net)
     graph = _Graph(
-        helper, dict(constants or {}), {blob: tuple(shape) for blob, shape in (shapes or {}).items()},
+        helper, dict(constants or {}), {blob: _sizes(blob, shape) for blob, shape in (shapes or {}).items()},
         {blob for op in net.op for blob in (*op.input, *op.output)},
     )  # fmt: skip
     needed = {*outputs, *(blob for op in net.op for blob in op.input)}
-    for index, (op, operator) in enumerate(zip(net.op, operators, strict=True)):
-        with naming(op, index):
+    for place, (op, operator) in enumerate(zip(net.op, operators, strict=True)):
+        with naming(op, place):
             _add(graph, op, operator, needed)
     unknown = sorted(set(graph.shapes) - set(graph.dims))
     if unknown:
@@ -114,19 +115,28 @@ class _Graph:
     def read(self, blob: str, rank: int) -> None:
         """See to it that the blob exists: computed before, or an input of the model."""
         if blob not in self.dims:
-            self.dims[blob] = self.shapes.get(blob) or tuple(f"{blob}_{i}" for i in range(rank))
+            shape = self.shapes.get(blob)
+            self.dims[blob] = tuple(f"{blob}_{i}" for i in range(rank)) if shape is None else shape
             self.inputs.append(blob)
 
     def read_parameter(self, blob: str) -> str:
         """A gamma or beta as the (C,) that ONNX wants: constant, computed before, or an input of the model."""
         if blob in self.constants and blob not in self.dims:
             array = check_array(f"constant {blob!r}", self.constants[blob], FLOAT32)
-            self.initializers[blob], self.dims[blob] = array.reshape(-1), (array.size,)
+            self.initializers[blob], self.dims[blob] = array.reshape(-1).astype(np.float32), (array.size,)
         self.read(blob, 1)
         if len(self.dims[blob]) == 1:
             return blob
         flat = self.constant(f"{blob}/flat_shape", [-1], np.int64)
         return self.add("Reshape", [blob, flat], self.fresh(f"{blob}/flat"))
+
+
+def _sizes(blob: str, shape: Iterable[Any]) -> tuple[Any, ...]:
+    """A shape as ONNX has it: whole numbers, and names or None for what is not known."""
+    try:
+        return tuple(size if size is None or isinstance(size, str) else index(size) for size in shape)
+    except TypeError as error:
+        raise ShapeError(f"the shape of {blob!r} must be whole numbers, names or None: got {shape!r}") from error
 
 
 def _add(graph: _Graph, op: Any, operator: GroupNormOp, needed: set[str]) -> None:

@@ -69,11 +69,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _exit_code(arguments: list[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal has no characters for
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(args=arguments, prog_name="groupnorm", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader left, as `groupnorm info | head -1` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more at exit
+        _give_up_stdout()
         return 0
     except SystemExit as leaving:  # how typer and rich leave when the reader has left
         if not isinstance(leaving.__context__, BrokenPipeError):
@@ -85,6 +88,10 @@ def _exit_code(arguments: list[str] | None) -> int:
         return _fail(str(error))
     except OSError as error:
         name = f": {error.filename}" if error.filename else ""
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk
+            _give_up_stdout()
         return _fail(f"{error.strerror or error}{name}")
     except MemoryError as error:
         return _fail(f"not enough memory ({error}); use smaller arrays")
@@ -93,6 +100,11 @@ def _exit_code(arguments: list[str] | None) -> int:
             return _fail(error.format_message(), hint=True)
         raise  # an error of ours in the program: the traceback is the report
     return code if isinstance(code, int) else 0
+
+
+def _give_up_stdout() -> None:
+    """What is left to be written goes nowhere; Python would complain once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, *, hint: bool = False) -> int:

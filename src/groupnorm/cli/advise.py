@@ -92,10 +92,11 @@ def _only_for_layers(spatial: str, dtype: str, layout: str) -> None:
 
 def _print_json(found: "Advice | ModelAdvice") -> None:
     from dataclasses import asdict
-    from json import dumps
+
+    from groupnorm.cli.documents import print_json
 
     answer = {"num_groups": found.num_groups} if hasattr(found, "num_groups") else {}
-    print(dumps(answer | asdict(found), indent=1))
+    print_json(answer | asdict(found))
 
 
 def _print_layer(advice: "Advice") -> None:

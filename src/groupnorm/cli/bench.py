@@ -29,7 +29,7 @@ def bench(
     ] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="With --models: torch.compile, too.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Few small cases, short times.")] = False,
-    save: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("results"),
+    save: Annotated[Path | None, typer.Option(help="Folder for the records; results, and none with --quick.")] = None,
     no_save: Annotated[bool, typer.Option("--no-save", help="Print only; write no records.")] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Measure nothing; make tables and charts in README.md and docs/.")
@@ -58,6 +58,7 @@ def bench(
         if models and (cold or rivals is not None or activations != "none,model"):
             raise OptionError("--models measures stock and converted models: leave --cold, --rivals and --activations "
                               "away")  # fmt: skip
+        folder = None if no_save else save or (None if quick else Path("results"))
         chosen: dict[str, Any] = {
             "dtypes": _choice("dtypes", dtypes, ("float32", "bfloat16", "float16", "float64")),
             "layouts": _choice("layouts", layouts, ("NCHW", "NHWC")),
@@ -69,7 +70,7 @@ def bench(
 
             measure_models(
                 cases, **chosen, compiled=compiled, seconds=0.1 if quick else seconds, quick=quick,
-                folder=None if no_save else save, as_json=json,
+                folder=folder, as_json=json,
             )  # fmt: skip
             return
         todo = works(
@@ -77,9 +78,7 @@ def bench(
             activations=_activations("none" if quick and activations == "none,model" else activations),
             **chosen,
         )
-        _measure(
-            list(todo), all_rivals.select(rivals), 0.1 if quick else seconds, cold, None if no_save else save, json
-        )
+        _measure(list(todo), all_rivals.select(rivals), 0.1 if quick else seconds, cold, folder, json)
 
 
 def _choice(option: str, text: str, known: tuple[str, ...]) -> list[str]:
@@ -125,9 +124,9 @@ def _measure(todo: list[Any], rivals: Any, seconds: float, cold: bool, folder: P
             _keep_figures(folder)
         found = run(todo, rivals, budget_s=seconds, cold=cold, report=done)
     if as_json:
-        from json import dumps
+        from groupnorm.cli.documents import print_json
 
-        print(dumps([asdict(record) for record in found], indent=1))
+        print_json([asdict(record) for record in found])
     elif folder is not None:
         console.print(f"{len(found)} records in {folder}; tables: groupnorm bench --report")
     if any(record.status == "failed" and record.rival.startswith("groupnorm") for record in found):
@@ -177,9 +176,9 @@ def _report(root: Path, *, as_json: bool) -> None:
     changed = report(root)
     names = [str(path) for path in changed]
     if as_json:
-        from json import dumps
+        from groupnorm.cli.documents import print_json
 
-        print(dumps({"changed": names}))
+        print_json({"changed": names}, indent=None)
     else:
         print("\n".join(f"wrote {name}" for name in names) or "nothing changed")
 
@@ -192,10 +191,10 @@ def _list(*, as_json: bool) -> None:
 
     rivals = {rival.name: installed(rival) for rival in RIVALS.values()}
     if as_json:
-        from json import dumps
+        from groupnorm.cli.documents import print_json
 
         states = {name: "installed" if missing is None else f"needs {missing}" for name, missing in rivals.items()}
-        print(dumps({"cases": [asdict(case) for case in CASES], "rivals": states}, indent=1))
+        print_json({"cases": [asdict(case) for case in CASES], "rivals": states})
         return
     from rich.table import Table
 

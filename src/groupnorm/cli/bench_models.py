@@ -19,13 +19,13 @@ def measure_models(
 ) -> None:  # fmt: skip
     """Measure, print, save. Raises OptionError for an unknown model, or without PyTorch."""
     from dataclasses import asdict
-    from json import dumps
 
     from groupnorm.bench.model_records import save_models
     from groupnorm.bench.model_runner import run_models
     from groupnorm.bench.model_work import model_works
     from groupnorm.bench.models import missing, select_models
     from groupnorm.cli.console import console as new_console
+    from groupnorm.cli.documents import print_json
 
     console, errors = new_console(), new_console(stderr=True)
     cases = []
@@ -56,7 +56,7 @@ def measure_models(
         )
     found = run_models(works, budget_s=seconds, memory=not quick, report=done)
     if as_json:
-        print(dumps([asdict(record) for record in found], indent=1))
+        print_json([asdict(record) for record in found])
     if any(record.status == "failed" and record.variant == "converted" for record in found):
         raise typer.Exit(1)
 

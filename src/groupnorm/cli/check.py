@@ -44,10 +44,9 @@ def check(
             status.update(f"checked {finding.promise}, {finding.dtype} {finding.layout}")
     broken = [finding for finding in found if finding.broken]
     if json:
-        from json import dumps
+        from groupnorm.cli.documents import print_json
 
-        listed = [{**asdict(finding), "worst": _finite(finding.worst)} for finding in found]
-        print(dumps({"kept": not broken, "findings": listed}, indent=1))
+        print_json({"kept": not broken, "findings": [asdict(finding) for finding in found]})
     else:
         _print(found, broken)
     if broken:
@@ -60,11 +59,6 @@ def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:
         if name not in known:
             raise OptionError(f"--{option} must be among {', '.join(known)}: got {name!r}")
     return names
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no infinity; null means that something that must be exact is not."""
-    return value if value < float("inf") else None
 
 
 def _print(found: list[Any], broken: list[Any]) -> None:

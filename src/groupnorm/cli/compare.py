@@ -102,15 +102,10 @@ def _features(path: str | None, shape: str | None) -> tuple[Any, str]:
 
 
 def _loaded(path: str) -> Any:
-    import numpy as np
 
-    try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read ({error.strerror or error}); give a .npy file") from error
-    except (ValueError, EOFError, SyntaxError) as error:  # SyntaxError: of the header
-        raise FileError(f"{path}: is no .npy file of numbers ({error}); write one with numpy.save") from error
+    from groupnorm.files.source import read_array
+
+    return read_array(path)
 
 
 def _times(x: Any, G: int, weight: Any, bias: Any, seconds: float) -> dict[str, float]:
@@ -174,15 +169,15 @@ def _draw(pending: Any, found: dict[str, Any]) -> None:
 
 def _print_json(found: dict[str, Any], output: Path | None) -> None:
     from dataclasses import asdict
-    from json import dumps
 
     from groupnorm.analysis import batch_noise as noises
+    from groupnorm.cli.documents import print_json
 
     plain = found | {name: [asdict(row) for row in found[name]] for name in ("identities", "torch", "kinds", "noise")}
     published = {"source": noises.SOURCE, "by_batch": noises.PUBLISHED, "at_32": noises.PUBLISHED_NORMS}
     holds = all(identity.holds for identity in found["identities"])
     picture = None if output is None else str(output)
-    print(dumps(plain | {"holds": holds, "published": published, "picture": picture}, indent=1))
+    print_json(plain | {"holds": holds, "published": published, "picture": picture})
 
 
 def _print(found: dict[str, Any], console: Any) -> None:

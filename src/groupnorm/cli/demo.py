@@ -1,5 +1,6 @@
 """`groupnorm demo`: a photograph, its feature maps, both directions in both layouts, checked, timed, and drawn."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,20 +62,17 @@ def demo(
         _draw(output, photo, pictures, maps, results)
         console.print(f"wrote {output}", soft_wrap=True)
     if json:
-        from json import dumps
+        from groupnorm.cli.documents import print_json
 
         written = str(output) if note is None else None
-        print(
-            dumps(
-                {
-                    "shape": list(maps.shape),
-                    "num_groups": _GROUPS,
-                    "correct": correct,
-                    "picture": written,
-                    "results": results,
-                },
-                indent=1,
-            )
+        print_json(
+            {
+                "shape": list(maps.shape),
+                "num_groups": _GROUPS,
+                "correct": correct,
+                "picture": written,
+                "results": results,
+            }
         )
     if not correct:
         raise typer.Exit(1)
@@ -124,12 +122,19 @@ def _error(work: Any, got: tuple[Any, ...]) -> tuple[float, float]:
             slice(n, n + 1) for n in range(work.x.shape[0])
         )  # one at a time: float64 copies of all would take 1 GB
         arguments = (_GROUPS, work.weight, work.bias)
-        return max(fraction_of_budget(got[0][at], work.x[at], *arguments, **options) for at in samples), 1.0
+        return _worst(fraction_of_budget(got[0][at], work.x[at], *arguments, **options) for at in samples), 1.0
     errors = []
     for a, want in zip(got, work.expected, strict=True):
         difference = np.subtract(a, want, dtype=np.float64)
         errors.append(float(np.linalg.norm(difference.ravel()) / np.linalg.norm(want.ravel().astype(np.float64))))
-    return max(errors), _ALLOWED_GRADIENT
+    return _worst(errors), _ALLOWED_GRADIENT
+
+
+def _worst(errors: Iterable[float]) -> float:
+    """The largest; NaN, which is never correct, if there is one."""
+    import numpy as np
+
+    return float(np.max(list(errors)))
 
 
 def _table(results: list[dict[str, Any]], console: Any) -> None:

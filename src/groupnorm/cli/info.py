@@ -42,9 +42,9 @@ def info(
         )
         found["plan"] = {"engine": engine, "text": text}
     if json:
-        from json import dumps
+        from groupnorm.cli.documents import print_json
 
-        print(dumps(found, indent=1))
+        print_json(found)
         return
     _print(found)
 

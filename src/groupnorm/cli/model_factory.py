@@ -13,6 +13,7 @@ from groupnorm.errors import OptionError
 __all__ = ["example_input", "make_model"]
 
 _MAX_ELEMENTS = 1 << 30  # 4 GB of float32
+_DIGITS = 18  # of a size: it fits 64 bits
 
 
 def make_model(spec: str) -> Any:
@@ -46,7 +47,7 @@ def example_input(text: str) -> Any:
     """A float32 tensor of normal numbers, always the same, of the shape in "1,3,224,224" or "1x3x224x224"."""
     torch = import_torch()
     parts = text.replace("x", ",").split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdecimal() and len(part) <= _DIGITS and int(part) > 0 for part in parts):
         raise OptionError(f"--input must be sizes with commas between them, such as 1,3,224,224: got {text!r}")
     shape = [int(part) for part in parts]
     elements = 1

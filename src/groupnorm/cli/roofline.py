@@ -1,6 +1,7 @@
 """`groupnorm roofline`: what bounds a call, how far our kernels are from it, as numbers and as a picture."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,9 +67,9 @@ def roofline(
     if save_machine is not None:
         write_figures(found.machine, save_machine)
     if json:
-        from json import dumps
+        from groupnorm.cli.documents import print_json
 
-        print(dumps({**found.as_dict(), "measured_s": measured_s}, indent=1))
+        print_json({**found.as_dict(), "measured_s": measured_s})
     else:
         _print(found, measured_s, picture)
 
@@ -96,6 +97,15 @@ def _measured_s(found: Any) -> float:
     })["us"].median_s  # fmt: skip
 
 
+def _block() -> str:
+    """What bars are made of, in the characters that stdout has."""
+    try:
+        "█".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return "#"
+    return "█"
+
+
 def _print(found: Any, measured_s: float | None, picture: Path | None) -> None:
     print(found)
     if measured_s is not None:
@@ -107,7 +117,7 @@ def _print(found: Any, measured_s: float | None, picture: Path | None) -> None:
     rows += [("measured", measured_s)] if measured_s is not None else []
     longest = max(seconds for _, seconds in rows)
     for name, seconds in rows:
-        print(f"{name:>18} {'█' * max(1, round(_BAR * seconds / longest))} {_time(seconds)}")
+        print(f"{name:>18} {_block() * max(1, round(_BAR * seconds / longest))} {_time(seconds)}")
     if picture is not None:
         print(f"\nwrote {picture}")
 

@@ -1,7 +1,6 @@
 """The command `groupnorm run`: Group Normalization of a file into a file."""
 
 import dataclasses
-import json as json_format
 import re
 from collections.abc import Callable
 from typing import Annotated
@@ -9,12 +8,14 @@ from typing import Annotated
 import typer
 
 import groupnorm as gn
+from groupnorm.cli.documents import print_json
 from groupnorm.files import Report, group_norm_file
 
 __all__ = ["EXAMPLE", "run"]
 
 EXAMPLE = "groupnorm run x.npy --groups 32 -o y.npy --weight model.safetensors:norm.weight --activation silu"
 
+_LONGEST = 30  # characters of a number of bytes
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -56,14 +57,17 @@ def run(
         )  # fmt: skip
 
     report = work() if json else _with_bar(work)
-    typer.echo(json_format.dumps(_fields(report)) if json else str(report))
+    if json:
+        print_json(_fields(report), indent=None)
+    else:
+        typer.echo(str(report))
 
 
 def _bytes(text: str) -> int:
     """Bytes of "500M", "4G", "1.5GiB" or "1048576"; units are powers of 1024."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise gn.OptionError(f"max-memory must be a number of bytes, e.g. 500M or 4G: got {text!r}")
+    if match is None or len(text) > _LONGEST:
+        raise gn.OptionError(f"max-memory must be a number of bytes, e.g. 500M or 4G: got {text[:80]!r}")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

@@ -51,9 +51,9 @@ def style(
         found = image_transfer.study(pictures[0], pictures[1], tuple(wanted), strength=strength)
         _draw(pending, found, strength, titles)
     if json:
-        from json import dumps
+        from groupnorm.cli.documents import print_json
 
-        print(dumps(_document(found, titles, str(output), strength), indent=1))
+        print_json(_document(found, titles, str(output), strength))
         return
     _print(found, titles, strength, console)
     console.print(f"wrote {output}", soft_wrap=True)
@@ -98,25 +98,18 @@ def _document(found: Any, titles: tuple[str, str], output: str, strength: float)
         "style": {"name": titles[1], "size": sizes["style"]},
         "strength": strength,
         "picture": output,
-        "apart": _finite(asdict(found.apart)),
+        "apart": asdict(found.apart),  # NaN: there was no difference; infinity: between constants
         "results": [
-            {"num_groups": r.num_groups, "clipped": r.clipped, "to_style": _finite(asdict(r.to_style)),
-             "to_content": _finite(asdict(r.to_content))} for r in found.results
+            {"num_groups": r.num_groups, "clipped": r.clipped, "to_style": asdict(r.to_style),
+             "to_content": asdict(r.to_content)} for r in found.results
         ],
-        "kept": {str(n): _finite(asdict(k)) for n, k in found.kept.items()} | {
-            "batch norm": _finite(asdict(found.kept_by_batch_norm))
-        },
+        "kept": {str(n): asdict(k) for n, k in found.kept.items()} | {"batch norm": asdict(found.kept_by_batch_norm)},
     }  # fmt: skip
 
 
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """NaN (there was no difference) and infinity (between constants) as null: JSON has neither."""
+def _print(found: Any, titles: tuple[str, str], strength: float, console: Any) -> None:
     from math import isfinite
 
-    return {name: value if isfinite(value) else None for name, value in values.items()}
-
-
-def _print(found: Any, titles: tuple[str, str], strength: float, console: Any) -> None:
     from rich.table import Table
 
     from groupnorm.analysis.style_picture import named
@@ -143,8 +136,8 @@ def _print(found: Any, titles: tuple[str, str], strength: float, console: Any) -
         table.add_column(part, justify="right")
     rows = {named(num_groups): kept for num_groups, kept in found.kept.items()}
     for name, kept in (rows | {"batch norm, both in one batch": found.kept_by_batch_norm}).items():
-        values = _finite({part: getattr(kept, part) for part in _PARTS}).values()
-        table.add_row(name, *("-" if value is None else f"{100 * value:.0f}%" for value in values))
+        values = [getattr(kept, part) for part in _PARTS]
+        table.add_row(name, *(f"{100 * value:.0f}%" if isfinite(value) else "-" for value in values))
     console.print(table)
     console.print("over 100%: one mean is taken from a whole group, so subbands whose means agreed agree no longer",
                   soft_wrap=True)  # fmt: skip

@@ -118,14 +118,15 @@ def refuse_loss(path: Path, names: Iterable[str]) -> None:
     all of them. What cannot be read as an archive holds none.
     """
     held: set[str] = set()
-    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile, struct.error):
+    with contextlib.suppress(OSError, ValueError, RecursionError, zipfile.BadZipFile, struct.error):
         if path.suffix.lower() == ".npz":
             with zipfile.ZipFile(path) as archive:
                 held = {name.removesuffix(".npy") for name in archive.namelist()}
         elif path.suffix.lower() == ".safetensors":
             with open(path, "rb") as file:
                 (size,) = struct.unpack("<Q", file.read(8))
-                held = set(json.loads(file.read(min(size, _LONGEST_HEADER)))) - {"__metadata__"}
+                entries = json.loads(file.read(min(size, _LONGEST_HEADER)))
+                held = set(entries) - {"__metadata__"} if isinstance(entries, dict) else set()
     lost = sorted(held - {name.removesuffix(".npy") for name in names})
     if lost:
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""

@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,7 @@ from groupnorm.errors import DtypeError, FileError, GroupNormError, ShapeError
 from groupnorm.files import npy
 from groupnorm.files.npy import Form
 
-__all__ = ["Source", "locate", "read_vector"]
+__all__ = ["Source", "locate", "read_array", "read_vector"]
 
 PathLike = str | os.PathLike[str]
 
@@ -273,6 +274,17 @@ class Source:
             raise FileError(f"{self.what}: cannot be read ({error}); the file is corrupt, save it again") from error
 
 
+def read_array(location: PathLike) -> Any:
+    """The whole array at `location`, of any shape, in memory."""
+    with Source(location) as source:
+        raw = np.empty(prod(source.form.shape), source.form.dtype)
+        source.read_into(0, raw.view(np.uint8))
+        source.finish()
+    if source.form.swapped:
+        raw.view(f"u{raw.itemsize}").byteswap(inplace=True)
+    return raw.reshape(source.form.shape, order="F" if source.form.fortran else "C")
+
+
 def read_vector(location: PathLike, length: int, role: str) -> Any:
     """The whole array of shape (length,) at `location`, e.g. a weight; ShapeError for any other shape, before it is
     read.
@@ -280,9 +292,4 @@ def read_vector(location: PathLike, length: int, role: str) -> Any:
     with Source(location) as source:
         if source.form.shape != (length,):
             raise ShapeError(f"{role} must have the shape (C,) = ({length},): got {source.form.shape} in {source.what}")
-        raw = np.empty(length, source.form.dtype)
-        source.read_into(0, raw.view(np.uint8))
-        source.finish()
-    if source.form.swapped:
-        raw.view(f"u{raw.itemsize}").byteswap(inplace=True)
-    return raw
+    return read_array(location)

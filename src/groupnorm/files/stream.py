@@ -106,7 +106,9 @@ def group_norm_file(
         stack.callback(sink.discard)
         stats_file = None
         if stats_path is not None:
-            refuse_loss(stats_path, ("mean", "rstd", "dweight", "dbias"))
+            gradients = (("dweight", weights), ("dbias", biases))
+            written = [name for name, of in gradients if backward_given and of is not None]
+            refuse_loss(stats_path, ("mean", "rstd", *written))
             stats_file = PendingFile(stats_path)
             stack.callback(stats_file.discard)
         if cut.road == "pieces":
