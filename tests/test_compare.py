@@ -296,7 +296,7 @@ def test_command_tells_what_is_broken(monkeypatch):
         (["damaged.npy"], "damaged.npy"),
         (["text.npy"], "text.npy"),
         (["cut.npy"], "cut.npy"),
-        (["objects.npy"], "objects.npy: holds elements of type"),
+        (["objects.npy"], "objects.npy: holds pickled Python objects"),
         (["integers.npy"], "i8"),
         (["one.npy", "--output", "x.png"], "two or more"),
         (["one.npy", "--shape", "2,3,4"], "not both"),
