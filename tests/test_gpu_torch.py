@@ -187,14 +187,14 @@ def test_sanitizers_that_do_not_run_are_no_success(monkeypatch: Any, tmp_path: A
 
 def test_the_engine_can_be_switched_off(monkeypatch: Any) -> None:
     monkeypatch.setenv("GROUPNORM_GPU", "off")
-    gpu.is_here.cache_clear()
+    gpu._is_here.cache_clear()
     assert not gpu.is_here()
-    gpu.is_here.cache_clear()
+    gpu._is_here.cache_clear()
 
 
 def test_triton_is_missed_with_a_warning(monkeypatch: Any) -> None:
     monkeypatch.setattr(gpu.util, "find_spec", lambda name: None)
-    gpu.is_here.cache_clear()
+    gpu._is_here.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"pip install 'triton>=3.6'"):
         assert not gpu.is_here()
-    gpu.is_here.cache_clear()
+    gpu._is_here.cache_clear()

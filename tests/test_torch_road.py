@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import groupnorm.torch as gnt  # noqa: E402
+from groupnorm.errors import GroupNormError  # noqa: E402
 from groupnorm.torch import call  # noqa: E402
 
 nn = torch.nn
@@ -199,6 +200,42 @@ def test_a_residual_without_activation_is_not_kept(dtype):
         torch.testing.assert_close(gradients, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_residual_gets_no_gradient_where_the_mask_is_false(compiled):
+    x, residual = torch.randn(2, 8, 5), torch.randn(2, 8, 5, requires_grad=True)
+    mask = torch.rand(2, 5) < 0.5
+    run = lambda r: gnt.group_norm(x, 4, residual=r, mask=mask)  # noqa: E731
+    if compiled:
+        run = torch.compile(run, backend="aot_eager")
+    dy = torch.randn(2, 8, 5)
+    (found,) = torch.autograd.grad(run(residual), residual, dy)
+    torch.testing.assert_close(found, torch.where(mask[:, None], dy, 0.0))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_only_the_residual_needs_a_gradient(again, launches):
+    residual, dy = torch.randn(2, 8, 5, requires_grad=True), torch.randn(2, 8, 5)
+    y = gnt.group_norm(torch.randn(2, 8, 5), 4, residual=residual)
+    (found,) = torch.autograd.grad(y, residual, dy, create_graph=again)
+    torch.testing.assert_close(found, dy)
+    assert launches == ["forward"]
+
+
+def test_one_value_per_channel_on_other_devices():
+    x = torch.empty(1, 8, device="meta")
+    assert gnt.group_norm(x, 8).shape == x.shape
+    assert gnt.group_norm(x, 8, torch.empty(8, device="meta"), torch.empty(8, device="meta")).shape == x.shape
+
+
+def test_wrong_calls_in_modes_get_the_same_errors():
+    for wrong in ((torch.randn(2, 8, 5).to_sparse(), 4), (torch.randn(2, 8, 5), 4.5), (torch.randn(2, 8, 5), 4, 3)):
+        with pytest.raises(GroupNormError) as plain:
+            gnt.group_norm(*wrong)
+        with pytest.raises(GroupNormError) as followed:
+            operations(lambda wrong=wrong: gnt.group_norm(*wrong))
+        assert (type(followed.value), str(followed.value)) == (type(plain.value), str(plain.value))
+
+
 def test_the_operator_computes_the_gradients_that_are_needed():
     x, weight, bias = torch.randn(2, 8, 5), torch.randn(8), torch.randn(8)
     y, stats = torch.ops.groupnorm.group_norm(x, 4, weight, bias, 1e-5, None, None, None, None, None)
@@ -233,10 +270,12 @@ def test_saved_tensors_that_come_back_in_another_type():
     """Packed into 16 bits and left so: less is known, and nothing is read beyond its end."""
     x, dy = torch.randn(2, 8, 5, requires_grad=True), torch.randn(2, 8, 5)
     want = torch.autograd.grad(gnt.group_norm(x, 4), x, dy)[0]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.bfloat16(), lambda t: t):
-        y = gnt.group_norm(x, 4)
-    found = torch.autograd.grad(y, x, dy)[0]
-    torch.testing.assert_close(found.float(), want, rtol=0.05, atol=0.05)
+    weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8)
+    for packed in (lambda t: t.bfloat16(), lambda t: t if t is weight or t.shape == (8,) else t.bfloat16()):
+        with torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t):
+            y = gnt.group_norm(x, 4, weight, bias)
+        found = torch.autograd.grad(y, x, dy)[0]
+        torch.testing.assert_close(found.float(), want, rtol=0.05, atol=0.05)
 
 
 def test_numbers_in_tensors_that_change():

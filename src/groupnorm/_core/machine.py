@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from groupnorm._version import __version__
 
-__all__ = ["CACHES", "Caches", "Machine", "describe", "versions"]
+__all__ = ["CACHES", "Caches", "Machine", "describe", "memory_limit", "versions"]
 
 _CPU = Path("/sys/devices/system/cpu")
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class Caches(NamedTuple):
@@ -21,12 +22,16 @@ class Caches(NamedTuple):
     l1: int
     l2: int
     l3: int
-    cpus: int  # that this process may use: all of them ...
-    l3_cpus: int  # ... and those that share one L3
+    cpus: int  # that this process may use ...
+    l3s: int  # ... and the L3 caches that they have
 
     def l3_of(self, threads: int) -> int:
-        """Bytes of the L3 caches that so many threads have together, which fill the CPUs of one after the other."""
-        return self.l3 * -(-min(threads, self.cpus) // self.l3_cpus)
+        """Bytes of the L3 caches that so many threads have together at least: close to each other."""
+        return self.l3 * min(-(-threads * self.l3s // self.cpus), self.l3s)
+
+    def l3_spread(self, threads: int) -> int:
+        """Bytes of the L3 caches that so many threads have together at most: each by another one."""
+        return self.l3 * min(threads, self.l3s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Machine:
     @property
     def largest_cache_bytes(self) -> int:
         """Bytes of all last caches before memory; 32 MB where the system does not tell."""
-        return max(*self.caches.values(), CACHES.l3_of(self.logical_cpus)) if self.caches else 32 << 20
+        return max(*self.caches.values(), CACHES.l3_spread(self.logical_cpus)) if self.caches else 32 << 20
 
 
 def describe() -> Machine:
@@ -98,6 +103,19 @@ def _cpu_name() -> str:
     if not re.search(r"\d", name) and all(kind):  # virtual machines hide which one it is: results would mix
         name += f" family {kind[0][1]} model {kind[1][1]}"  # type: ignore[index]
     return name
+
+
+def memory_limit() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's; 1 GB where nobody says."""
+    found = _memory_bytes() or 1 << 30
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of control groups, version 2 and 1
+        try:
+            text = (_CGROUP / name).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            found = min(found, int(text))
+    return found
 
 
 def _sysctl(key: str) -> str:
@@ -162,8 +180,11 @@ def _memory_bytes() -> int | None:
 def _known_caches() -> Caches:
     """What Linux tells, else a usual size. Plans use it for speed only, never for results."""
     found, cpus = _caches_of_linux(), _cpus()
-    sharing = len(_cpus_of_l3(min(cpus)) & cpus) or len(cpus)
-    return Caches(found.get("L1d", 32 << 10), found.get("L2", 1 << 20), found.get("L3", 16 << 20), len(cpus), sharing)
+    rest, l3s = set(cpus), 0
+    while rest:
+        rest -= _cpus_of_l3(min(rest)) or rest
+        l3s += 1
+    return Caches(found.get("L1d", 32 << 10), found.get("L2", 1 << 20), found.get("L3", 16 << 20), len(cpus), l3s)
 
 
 def _cpus_of_l3(cpu: int) -> set[int]:

@@ -3,6 +3,7 @@
 The best of several samples counts: the figures are limits, and a sample that was disturbed says nothing about a limit.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from groupnorm._core.machine import CACHES, describe
+from groupnorm._core.machine import CACHES, describe, memory_limit
 from groupnorm.analysis.figures import Level, MachineFigures, Speeds
 
 __all__ = ["measure_figures"]
@@ -23,6 +24,7 @@ _RISE = 1.05  # what disturbs the machine for a moment costs each limit one samp
 _MOST_ROUNDS = 40  # ... up to so many
 _LAUNCHES = 70  # samples of a call, whose time depends most on what else the machine does
 _LARGEST = 1 << 30  # bytes of the arrays for memory, whatever the size of the L3 caches
+_MEASURING = threading.Lock()
 _LINE = 64  # bytes: streamed stores need the beginning of a cache line
 
 
@@ -49,7 +51,7 @@ def measure_figures() -> MachineFigures:
     while counts[-1] < threads:
         counts.append(min(2 * counts[-1], threads))
     arrays = _arrays(counts[-1])
-    with POOL.own_threads():
+    with _MEASURING, POOL.own_threads():
         rates = _rates({(count, *name): work for count in counts for name, work in _works(arrays, count).items()})
     speeds = tuple(_speeds(count, rates) for count in counts)
     name = f"{here.cpu}, {here.cores} cores"
@@ -57,7 +59,7 @@ def measure_figures() -> MachineFigures:
 
 
 def _arrays(threads: int) -> tuple[Array, ...]:
-    """Three arrays that no cache holds, of a whole number of steps for each thread."""
+    """Three arrays that no cache holds (as far as there is memory), of a whole number of steps for each thread."""
     from groupnorm._engines.cpu.peaks import STEP
 
     elements = _memory_bytes() // 4 // (STEP * threads) * STEP * threads
@@ -65,7 +67,8 @@ def _arrays(threads: int) -> tuple[Array, ...]:
 
 
 def _memory_bytes() -> int:
-    return min(max(4 * CACHES.l3_of(CACHES.cpus), 1 << 27), _LARGEST)
+    wanted = min(max(4 * CACHES.l3_spread(CACHES.cpus), 1 << 27), _LARGEST)
+    return min(wanted, memory_limit() // 8)  # three of them leave room for the program
 
 
 def _aligned(size: int) -> Array:
@@ -81,7 +84,7 @@ def _levels(threads: int) -> Iterator[tuple[str, int | None, int]]:
     """Name, bytes that all threads together have there, and bytes that each thread works on to measure it."""
     yield "L1", CACHES.l1 * threads, CACHES.l1 // 2
     yield "L2", CACHES.l2 * threads, CACHES.l2 // 2
-    l3 = CACHES.l3_of(threads)
+    l3 = CACHES.l3_spread(threads)
     yield "L3", l3, max(l3 // (2 * threads), 3 * CACHES.l2 // 2)  # beyond L2 where that is larger than a share of L3
     yield "memory", None, _memory_bytes() // threads
 

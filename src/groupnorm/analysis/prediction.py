@@ -80,12 +80,16 @@ def terms(
 
 def predicted_seconds(
     N: int, C: int, S: int, G: int, *, dtype: str, channels_last: bool, direction: str, activation: str | None,
-    speeds: Speeds, launch_s: float,
+    speeds: Speeds, launch_s: float, threads: int | None = None,
 ) -> float:  # fmt: skip
-    """Seconds that the CPU engine is predicted to take for one call."""
+    """Seconds that the CPU engine is predicted to take for one call. threads: perhaps fewer than `speeds` are for,
+    which use up the memory's speed as well.
+    """
     if N * S == 0:
         return launch_s
     found = terms(N, C, S, G, dtype=dtype, channels_last=channels_last, direction=direction, activation=activation,
                   speeds=speeds)  # fmt: skip
+    more = max(1.0, speeds.threads / (threads or speeds.threads))
+    found = Terms(*(more * term for term in found))._replace(memory=found.memory)
     efforts = EFFORTS[channels_last, direction]
     return launch_s + sum(term * effort for term, effort in zip(found, efforts, strict=True))

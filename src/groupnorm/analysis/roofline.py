@@ -170,8 +170,8 @@ def roofline(
     if figures.kind == "cpu" and storage is None:
         predicted = predicted_seconds(
             N, C, S, G, dtype=dtype, channels_last=axis != 1 and S > 1, direction=direction, activation=activation,
-            speeds=speeds, launch_s=figures.launch_s,
-        ) * max(1.0, speeds.threads / threads)  # fmt: skip  # measured with more threads than are asked for
+            speeds=speeds, launch_s=figures.launch_s, threads=threads,
+        )  # fmt: skip
     return Roofline(
         shape=sizes, num_groups=G, dtype=dtype, layout=layout, direction=direction, activation=activation,
         machine=figures, threads=threads, bytes_read=traffic.read, bytes_written=traffic.written,

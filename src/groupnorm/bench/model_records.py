@@ -72,10 +72,9 @@ class ModelRecord:
 
 
 def save_models(records: Iterable[ModelRecord], folder: Path) -> list[Path]:
-    """Write records to folder/<machine>/models/<model>.json, in the place of older ones of the same work and variant.
+    """Write records to folder/<machine>/models/<model>.json, in the place of older ones of the same run.
 
-    Returns the files written. Raises FileError if a file that is there cannot be understood, OSError if one cannot be
-    written.
+    Returns the files written. Raises FileError if a file that is there cannot be understood, or one cannot be written.
     """
     files: dict[Path, list[ModelRecord]] = {}
     for record in records:

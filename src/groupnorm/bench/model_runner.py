@@ -18,7 +18,7 @@ from groupnorm.bench.model_work import ModelWork, build, step
 from groupnorm.bench.models import ModelCase
 from groupnorm.bench.timing import Timing, measure, measure_long
 
-__all__ = ["TOLERANCE", "error", "measure_model", "run_models"]
+__all__ = ["TOLERANCE", "distance", "error", "measure_model", "run_models"]
 
 Tensor = Any
 
@@ -113,8 +113,8 @@ def error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
     worst = 0.0
     for tensor, wanted, scale in zip(found, exact, scales, strict=True):
         length = (scale if scale > _NOTHING * max(scales) else max(scales)) * max(1, wanted.numel()) ** 0.5
-        distance = (tensor.to(wanted.dtype) - wanted).norm().item() / length if length else 0.0
-        worst = max(worst, distance) if math.isfinite(distance) else math.inf
+        off = (tensor.to(wanted.dtype) - wanted).norm().item() / length if length else 0.0
+        worst = max(worst, off) if math.isfinite(off) else math.inf
     return worst
 
 

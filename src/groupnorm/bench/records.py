@@ -98,8 +98,7 @@ def save(records: Iterable[Record], folder: Path) -> list[Path]:
     """Write records to folder/<machine>/<case>.json, in the place of older ones of the same work, other rivals' too:
     times of two days are not to be compared.
 
-    Returns the files written. Raises FileError if a file that is there cannot be understood, OSError if one cannot be
-    written.
+    Returns the files written. Raises FileError if a file that is there cannot be understood, or one cannot be written.
     """
     files: dict[Path, list[Record]] = {}
     for record in records:

@@ -19,7 +19,10 @@ _LARGEST = 1 << 28  # values of --shape: 1 GB
 
 
 def compare(
-    x: Annotated[str | None, typer.Argument(help="A .npy file of features, (N, C, H, W) or other positions.")] = None,
+    x: Annotated[
+        str | None,
+        typer.Argument(help="A file of features (.npy, .npz or .safetensors), (N, C, H, W) or other positions."),
+    ] = None,
     shape: Annotated[str | None, typer.Option(help="Random features of this shape instead, e.g. 8,64,56,56.")] = None,
     groups: Annotated[
         int | None, typer.Option("--groups", "-g", help="Number of groups; without it, what is nearest to 32.")
@@ -83,9 +86,10 @@ def _features(path: str | None, shape: str | None) -> tuple[Any, str]:
     import numpy as np
 
     from groupnorm.analysis import features as filters
+    from groupnorm.files.source import read_array
 
     if path is not None:
-        return _loaded(path), Path(path).name
+        return read_array(path), Path(path).name
     if shape is None:
         try:
             picture, name = filters.photograph(), "a photograph"
@@ -99,13 +103,6 @@ def _features(path: str | None, shape: str | None) -> tuple[Any, str]:
     if count > _LARGEST or len(sizes) > 16:
         raise OptionError(f"--shape {shape} is too large: got {count:,} values, expected at most {_LARGEST:,}")
     return np.random.default_rng(0).standard_normal(sizes, np.float32), "random numbers, normally distributed"
-
-
-def _loaded(path: str) -> Any:
-
-    from groupnorm.files.source import read_array
-
-    return read_array(path)
 
 
 def _times(x: Any, G: int, weight: Any, bias: Any, seconds: float) -> dict[str, float]:

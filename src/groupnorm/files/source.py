@@ -277,9 +277,13 @@ class Source:
 def read_array(location: PathLike) -> Any:
     """The whole array at `location`, of any shape, in memory."""
     with Source(location) as source:
-        raw = np.empty(prod(source.form.shape), source.form.dtype)
-        source.read_into(0, raw.view(np.uint8))
-        source.finish()
+        return _whole(source)
+
+
+def _whole(source: Source) -> Any:
+    raw = np.empty(prod(source.form.shape), source.form.dtype)
+    source.read_into(0, raw.view(np.uint8))
+    source.finish()
     if source.form.swapped:
         raw.view(f"u{raw.itemsize}").byteswap(inplace=True)
     return raw.reshape(source.form.shape, order="F" if source.form.fortran else "C")
@@ -292,4 +296,4 @@ def read_vector(location: PathLike, length: int, role: str) -> Any:
     with Source(location) as source:
         if source.form.shape != (length,):
             raise ShapeError(f"{role} must have the shape (C,) = ({length},): got {source.form.shape} in {source.what}")
-    return read_array(location)
+        return _whole(source)

@@ -5,8 +5,8 @@
 
 Channels are on axis 1; contiguous and channels_last tensors come back as they went in. `functional.py` is the door;
 behind it `call.py` (`gpu.py` for CUDA) hands tensors to an engine, `autograd.py` differentiates, `ops.py` is what
-compilers see, and `composite.py` is the same in PyTorch's own operations, for whatever an engine does not take:
-transforms, forward-mode, devices without an engine. `module.py` and `convert.py` are for models; `fusion.py`,
+compilers and modes see, and `composite.py` is the same in PyTorch's own operations, for whatever an engine does not
+take: transforms, forward-mode, devices without an engine. `module.py` and `convert.py` are for models; `fusion.py`,
 `rewrite.py` and `graph.py` find the activations that a norm may take over, `batch_norm.py` turns BatchNorms. `road.py`
 says which road a call takes, `checks.py` checks it; `autocast.py`, `per_sample.py` (Opacus) and `moments.py` are what
 they say.

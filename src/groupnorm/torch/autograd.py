@@ -28,7 +28,7 @@ class Differentiable(torch.autograd.Function):
         """y, by an engine."""
         y, stats = call.forward(kind, x, weight, bias, scale, shift, residual, mask, None, True)
         ctx.kind, ctx.passed = kind, None
-        if residual is not None and kind.activation is None:  # its gradient is dy, whatever it is
+        if residual is not None and kind.activation is None and mask is None:  # its gradient is dy, whatever it is
             ctx.passed, residual = residual.dtype, None
         ctx.save_for_backward(x, weight, bias, scale, shift, residual, mask, stats)
         return y
@@ -40,10 +40,13 @@ class Differentiable(torch.autograd.Function):
         kind, needs = ctx.kind, ctx.needs_input_grad[:6]
         if ctx.passed is not None:
             needs = (*needs[:5], False)
+        found: Any
+        if not any(needs):
+            found = (None,) * 6
         # With create_graph=True these gradients will be differentiated.
-        if torch.is_grad_enabled() or is_followed() or dy.__class__ is not torch.Tensor or _is_batch(dy):
-            found: Any = composite.gradients(dy, needs, x, kind.num_groups, weight, bias, kind.eps, kind.activation,
-                                             scale, shift, residual, mask)  # fmt: skip
+        elif torch.is_grad_enabled() or is_followed() or dy.__class__ is not torch.Tensor or _is_batch(dy):
+            found = composite.gradients(dy, needs, x, kind.num_groups, weight, bias, kind.eps, kind.activation, scale,
+                                        shift, residual, mask)  # fmt: skip
         else:
             found = call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, needs)
         if ctx.passed is not None and ctx.needs_input_grad[5]:

@@ -154,7 +154,8 @@ def backward(
     """
     # With types and strides: tensors that saved_tensors_hooks packed may come back with others.
     key: Any = (needs, dy.dtype, dy.is_cpu or dy.device, dy.is_neg(), dy.stride(), x.dtype, x.stride(), stats.dtype,
-                weight is None or weight.stride(), bias is None or bias.stride())  # fmt: skip
+                weight is None or (weight.dtype, weight.stride()),
+                bias is None or (bias.dtype, bias.stride()))  # fmt: skip
     if not of.usual:
         key += tuple(map(_form, (scale, shift, residual, mask)))
     kind = of.backwards.get(key)

@@ -59,16 +59,18 @@ def gradients(
 
 def by_native(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, activation: str | None, scale: Tensor,
-    shift: Tensor, residual: Tensor,
+    shift: Tensor, residual: Tensor, native: Callable[..., Tensor] = torch.group_norm,
 ) -> Tensor:  # fmt: skip
-    """The same without a mask, and with PyTorch's own group_norm in it, for exporters that know that one."""
+    """The same without a mask, and with PyTorch's own group_norm in it: for exporters that know that one, for devices
+    that have a kernel for it, and for expanded weights, which know `F.group_norm`.
+    """
     others = [tensor for tensor in (weight, bias, scale, shift, residual) if tensor is not None]
     if any(tensor.dtype != x.dtype for tensor in others):
         v = _wide(x)
         weight, bias = (None if tensor is None else tensor.to(v.dtype) for tensor in (weight, bias))
-        xhat = F.group_norm(v, num_groups, weight, bias, eps)
+        xhat = native(v, num_groups, weight, bias, eps)
     else:
-        xhat = F.group_norm(x, num_groups, weight, bias, eps)
+        xhat = native(x, num_groups, weight, bias, eps)
     return _epilogue(x, xhat, None, None, activation, scale, shift, residual, None)
 
 

@@ -46,14 +46,15 @@ def group_norm(
 
     Statistics are taken in float32 or wider whatever x's type, under autocast too: x keeps its type unless
     `set_autocast` says otherwise. Differentiable to any order; backward computes the activation again, so that nothing
-    of x's size but x and the residual is kept. Threads: `torch.get_num_threads()`. Raises GroupNormError, a ValueError:
-    ShapeError, DtypeError or OptionError. Source: Wu and He, Group Normalization, ECCV 2018; equations (1) to (14) of
-    `groupnorm.reference`.
+    of x's size is kept but x and, with an activation or a mask, the residual. Threads: `torch.get_num_threads()`.
+    Raises GroupNormError, a ValueError: ShapeError, DtypeError or OptionError. Source: Wu and He, Group Normalization,
+    ECCV 2018; equations (1) to (14) of `groupnorm.reference`.
     """
     if has_torch_function((x, weight, bias, scale, shift, residual, mask, out)):
         if is_expanded(weight, bias) and mask is None and out is None:
             check_activation(activation)  # the rest is PyTorch's to check, which knows what to do with these
-            return composite.by_native(x, num_groups, weight, bias, eps, activation, scale, shift, residual)
+            native = torch.nn.functional.group_norm
+            return composite.by_native(x, num_groups, weight, bias, eps, activation, scale, shift, residual, native)
         return handle_torch_function(
             group_norm, (x, weight, bias, scale, shift, residual, mask, out), x, num_groups, weight, bias, eps,
             activation=activation, scale=scale, shift=shift, residual=residual, mask=mask, out=out,
@@ -85,10 +86,13 @@ def _followed(
 ) -> Tensor:  # fmt: skip
     """y in operations that whoever follows can see: one operator for compilers, the composite for the others."""
     exporting = torch.onnx.is_in_onnx_export()
+    if not torch.compiler.is_compiling():  # where the operator's fake does it
+        check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     tensors = (x, weight, bias, scale, shift, residual, mask)
     if out is None and not exporting and is_for_operators(*tensors):
         return ops.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
-    check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
+    if torch.compiler.is_compiling():
+        check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     if out is not None and asks_for_gradient(x, weight, bias, scale, shift, residual, out):
         _refuse_out(out)
     if exporting and mask is None and out is None:  # ONNX has this operator, too
@@ -109,7 +113,9 @@ def _composed(
         y = composite.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
     if out is not None:
         return out.copy_(y)
-    return y if is_transformed() else y.contiguous(memory_format=suggest_memory_format(x))
+    if is_transformed() or torch.onnx.is_in_onnx_export():  # whose older form knows no channels_last_3d
+        return y
+    return y.contiguous(memory_format=suggest_memory_format(x))
 
 
 def _refuse_out(out: Tensor) -> None:

@@ -36,15 +36,15 @@ is_here._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.co
 
 @functools.cache
 def _is_here() -> bool:
-    """Without Triton CUDA tensors go through PyTorch's own operations, and a warning
-    says so, once; without one where the environment has GROUPNORM_GPU=off.
+    """Without Triton CUDA tensors go through PyTorch's own operations, and a warning says so, once; without one where
+    the environment has GROUPNORM_GPU=off.
     """
     if os.environ.get("GROUPNORM_GPU", "").lower() == "off":
         return False
     if util.find_spec("triton") is not None:
         return True
     warnings.warn("Triton is not installed: CUDA tensors go through PyTorch's own operations; "
-                  "pip install 'triton>=3.6'", RuntimeWarning, stacklevel=4)  # fmt: skip
+                  "pip install 'triton>=3.6'", RuntimeWarning, stacklevel=5)  # fmt: skip
     return False
 
 

@@ -1,7 +1,8 @@
-"""The operators that compilers see: `torch.ops.groupnorm.group_norm` and its backward.
+"""The operators that compilers and modes of dispatch see: `torch.ops.groupnorm.group_norm` and its backward.
 
-Eager code goes past them (they cost some microseconds); torch.compile and torch.export keep them as they are, with the
-strides and types that the fakes declare.
+Other eager code goes past them (they cost some microseconds); torch.compile and torch.export keep them as they are,
+with the strides and types that the fakes declare. A schema may only grow by arguments with defaults: PyTorch keeps
+compiled graphs on the disk, and looks at the operator's name alone.
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ _library: Any = torch.library.Library("groupnorm", "DEF")  # type: ignore[no-unt
 _TAGS = [getattr(torch.Tag, name) for name in ("flexible_layout", "pt2_compliant_tag") if hasattr(torch.Tag, name)]
 _library.define(f"group_norm(Tensor x, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS)
 _library.define(
-    f"group_norm_backward(Tensor dy, Tensor x, Tensor stats, {_OPTIONS}, bool[6] needs) -> "
+    f"group_norm_backward(Tensor dy, Tensor x, Tensor stats, {_OPTIONS}, bool[6]? needs=None) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -65,8 +66,10 @@ def _forward_fake(
 
 def _backward(
     dy: Tensor, x: Tensor, stats: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
-    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor, needs: list[bool],
+    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
+    needs: list[bool] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    needs = _all_of(x, weight, bias, scale, shift, residual) if needs is None else needs
     dy, x, weight, bias, scale, shift, residual, mask = _as_tensors(dy, x, weight, bias, scale, shift, residual, mask)
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None)
     found = call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, tuple(needs))
@@ -75,9 +78,11 @@ def _backward(
 
 def _backward_fake(
     dy: Tensor, x: Tensor, stats: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float,
-    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor, needs: list[bool],
+    activation: str | None, scale: Tensor, shift: Tensor, residual: Tensor, mask: Tensor,
+    needs: list[bool] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     given = (x, weight, bias, scale, shift, residual)
+    needs = _all_of(*given) if needs is None else needs
     return tuple(
         x.new_empty(0) if not needed
         else tensor.new_empty(tensor.shape) if 0 < place < 5
@@ -86,13 +91,17 @@ def _backward_fake(
     )  # fmt: skip
 
 
+def _all_of(*given: Tensor) -> list[bool]:
+    return [tensor is not None for tensor in given]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask = inputs
     _, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
     ctx.passed = None
-    if residual is not None and activation is None:  # its gradient is dy, whatever it is
+    if residual is not None and activation is None and mask is None:  # its gradient is dy, whatever it is
         ctx.passed, residual = residual.dtype, None
     ctx.save_for_backward(x, weight, bias, scale, shift, residual, mask, stats)
     ctx.options = num_groups, eps, activation
@@ -105,7 +114,10 @@ def _differentiate(ctx: Any, dy: Tensor, dstats: Tensor) -> tuple[Tensor | None,
         return (None,) * 10
     asked = [ctx.needs_input_grad[place] for place in (0, 2, 3, 6, 7, 8)]
     needs = (*asked[:5], asked[5] and ctx.passed is None)
-    if torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
+    found: Any
+    if not any(needs):
+        found = (None,) * 6
+    elif torch.is_grad_enabled():  # create_graph=True: these gradients will be differentiated
         found = composite.gradients(
             dy, needs, x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask
         )

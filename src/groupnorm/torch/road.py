@@ -20,6 +20,8 @@ _is_functorch_active = torch._C._are_functorch_transforms_active
 _modes = torch._C._len_torch_dispatch_stack
 _modes_before_dispatch: Any = torch._ops._len_torch_dispatch_stack_pre_dispatch
 _is_tracing = torch._C._is_tracing
+# Whether any thread is in a mode; PyTorch 2.4 does not say.
+_may_be_in_mode: Any = getattr(_python_dispatch, "is_in_torch_dispatch_mode", lambda: True)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -67,7 +69,14 @@ def is_followed() -> bool:
     """Whether somebody else follows the operations, who would not see what an engine does to memory: the compiler,
     torch.jit.trace, torch.func's transforms, forward-mode, or a mode of dispatch.
     """
-    return bool(torch.compiler.is_compiling() or is_transformed() or _is_in_mode() or _is_tracing())
+    return bool(  # what the functions below say, without their calls: every call of group_norm comes through here
+        torch.compiler.is_compiling()
+        or _is_functorch_active()
+        or forward_ad._current_level >= 0
+        or _modes() > 0
+        or (_may_be_in_mode() and _modes_before_dispatch() > 0)
+        or _is_tracing()
+    )
 
 
 def is_transformed() -> bool:
@@ -77,8 +86,7 @@ def is_transformed() -> bool:
 
 def _is_in_mode() -> bool:
     """Whether a mode of dispatch sees every operation, be it before autograd (make_fx with pre_dispatch)."""
-    entered = getattr(_python_dispatch, "_is_in_torch_dispatch_mode", False)  # by any thread; not in PyTorch 2.4
-    return bool(_modes() > 0 or (entered and _modes_before_dispatch() > 0))
+    return bool(_modes() > 0 or (_may_be_in_mode() and _modes_before_dispatch() > 0))
 
 
 def is_for_operators(x: Tensor, *tensors: Tensor) -> bool:
