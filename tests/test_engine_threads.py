@@ -358,3 +358,20 @@ gn.set_num_threads(4)
 print(all(np.array_equal(gn.group_norm(x, 4), want) for _ in range(3)))
 """)
     assert done.strip() == "True"
+
+
+def test_a_containers_quota_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from groupnorm._core import threads
+
+    monkeypatch.setattr(threads, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(96)), raising=False)
+    assert threads.usable_cpus() == 96
+    for text, cpus in (("max 100000", 96), ("400000 100000", 4), ("150000 100000", 2), ("1000 100000", 1), ("", 96)):
+        (tmp_path / "cpu.max").write_text(text + "\n")
+        assert threads.usable_cpus() == cpus
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    for text, cpus in (("-1", 96), ("300000", 3)):
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(text + "\n")
+        assert threads.usable_cpus() == cpus

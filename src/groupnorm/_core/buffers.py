@@ -59,7 +59,9 @@ _held = 0  # bytes of all blocks
 
 
 class _Lease(np.ndarray[Any, Any]):
-    """A piece on loan: every array that lives in it has this one as its base, and its death brings the piece back."""
+    """A piece on loan: every array that lives in it has this one as its base, and its death brings the piece back.
+    Without a span it is memory of its own.
+    """
 
     span: Any = None
     fresh = False
@@ -74,8 +76,13 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     size = dtype.itemsize
     for length in shape:
         size *= length
-    lent = lend(size) if size >= LARGE else None
-    return np.empty(shape, dtype) if lent is None else np.ndarray(shape, dtype, buffer=lent)
+    if size < LARGE:
+        return np.empty(shape, dtype)
+    lent = lend(size)
+    if lent is None:
+        lent = _Lease((size,), np.uint8)
+        lent.fresh = True  # so much memory mostly comes from the system
+    return np.ndarray(shape, dtype, buffer=lent)
 
 
 def lend(size: int) -> Any:

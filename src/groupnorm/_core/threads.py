@@ -4,17 +4,19 @@ process has lost threads that it inherited.
 
 import os
 import sys
+from pathlib import Path
 
 from groupnorm.errors import OptionError
 
-__all__ = ["get_num_threads", "is_forked", "set_num_threads"]
+__all__ = ["get_num_threads", "is_forked", "set_num_threads", "usable_cpus"]
 
+_CGROUP = Path("/sys/fs/cgroup")
 _num_threads = 0  # 0: not asked for yet
 
 
 def get_num_threads() -> int:
-    """Threads that a call on NumPy arrays may use: what `set_num_threads` said, else GROUPNORM_NUM_THREADS, else every
-    CPU that this process may run on.
+    """Threads that a call on NumPy arrays may use: what `set_num_threads` said, else GROUPNORM_NUM_THREADS, else
+    `usable_cpus()`.
     """
     return _num_threads or _first_num_threads()
 
@@ -35,11 +37,24 @@ def _first_num_threads() -> int:
                 f"GROUPNORM_NUM_THREADS must be a whole number, at least 1: got {wish!r}; unset it for all CPUs"
             )
         set_num_threads(int(wish))
-    elif hasattr(os, "sched_getaffinity"):
-        set_num_threads(len(os.sched_getaffinity(0)))
     else:
-        set_num_threads(os.cpu_count() or 1)
+        set_num_threads(usable_cpus())
     return _num_threads
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use at a time: those it may run on, or its container's quota. With more threads than
+    the quota all of them would stand still for the rest of each period.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # control groups, version 2 and 1
+        try:
+            numbers = " ".join((_CGROUP / name).read_text(encoding="ascii") for name in names).split()
+        except OSError:
+            continue
+        if len(numbers) == 2 and all(number.isdecimal() for number in numbers) and int(numbers[1]):
+            cpus = min(cpus, max(1, -(-int(numbers[0]) // int(numbers[1]))))
+    return cpus
 
 
 def _is_forked_at_import() -> bool:

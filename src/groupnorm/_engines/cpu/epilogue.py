@@ -27,6 +27,7 @@ from groupnorm._engines.cpu.simd import (
     has_tables,
     held,
     quotient,
+    reciprocal,
     select,
     splat,
     table,
@@ -274,7 +275,7 @@ def _sigmoid_both(act, z):
     it by z.
     """
     e = decay(act, absolute(z))
-    large = quotient(1.0, e + 1.0)
+    large = reciprocal(e + 1.0)
     small = e * large
     return select(z < 0.0, small, large), select(z < 0.0, large, small)
 
@@ -312,7 +313,7 @@ def _gelu_tanh_slope(act, z):
 
 def _silu_slope(act, z):
     s, rest = _sigmoid_both(act, z)
-    return s * fma(z, rest, 1.0)
+    return fma(z, s * rest, s)
 
 
 @inlined

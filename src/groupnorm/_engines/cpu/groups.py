@@ -8,7 +8,17 @@ other, would else take longer than the elements of a tiny group.
 import numpy as np
 
 from groupnorm._engines.cpu.compiler import inlined, jitted
-from groupnorm._engines.cpu.memory import FLOAT64, load_first, load_one, pointer, store, store_first, store_one, zeros
+from groupnorm._engines.cpu.memory import (
+    FLOAT64,
+    element_size,
+    load_first,
+    load_one,
+    pointer,
+    store,
+    store_first,
+    store_one,
+    zeros,
+)
 from groupnorm._engines.cpu.records import DZ, DZH, channel_affine, sums_at
 from groupnorm._engines.cpu.simd import LANES, absolute, fma, maximum, narrow, select, square_root, total, widen
 from groupnorm._engines.cpu.statistics import count_real
@@ -33,7 +43,6 @@ __all__ = [
 ]  # fmt: skip
 
 COUNT, PIVOT, OFFSET, M2, MEAN, REST, RSTD, H_SUM, K2, K3, LOST, EXACT = np.arange(12) * LANES  # planes of a room
-ROUNDING = 2.0**-22  # four times what rounding a mean to float32 can lose
 
 
 @jitted
@@ -121,7 +130,7 @@ def close_sums(p, a, x, mask, n, g, groups, room):
 
     The mean at hand, m, is rounded to its type, an error of up to |m|*2^-24 that rstd magnifies; the sum of h tells
     what was lost, and r in lane precision is off by the factor `exact`, so that xhat is (h - lost)*exact. A mean that
-    is off by more than ROUNDING was given by the caller as something else than the mean of x, and stays as it is.
+    is off by more than four roundings was given by the caller as something else than the mean of x, and stays as it is.
     """
     sums = pointer(a.sums, FLOAT64)
     n_, g_ = n, g
@@ -133,7 +142,8 @@ def close_sums(p, a, x, mask, n, g, groups, room):
     lane_r = widen(narrow(r, zeros(x)))
     exact = select(lane_r > 0.0, select(lane_r < np.inf, r / lane_r, 1.0), 1.0)
     lost = load_first(room, H_SUM, groups) / count
-    lost = select(absolute(lost) > absolute(load_first(room, MEAN, groups)) * r * ROUNDING, 0.0, lost)
+    rounding = 2.0**-51 if element_size(x) == 8 else 2.0**-22
+    lost = select(absolute(lost) > absolute(load_first(room, MEAN, groups)) * r * rounding, 0.0, lost)
     store(room, EXACT, exact)
     store(room, LOST, lost)
     for i in range(groups):

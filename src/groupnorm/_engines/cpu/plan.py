@@ -98,8 +98,11 @@ def _first(p: Problem, num_threads: int) -> Plan:
     units = -(-last_channels // unit) * parts
     part = -(-p.S // (parts * LANES)) * LANES
     chunk = _CHUNK // 2 if p.dtype == "float64" else _CHUNK
+    if p.mask or p.S < 4 * LANES:  # a row's vectors are added up one by one, not by four accumulators
+        chunk //= 4
+    chunk_rows = max(1, chunk // (-(-p.S // LANES) * LANES))
     cut = {
-        "unit": unit, "parts": parts, "part": part, "units": units, "chunk": chunk, "chunk_rows": max(chunk // p.S, 1),
+        "unit": unit, "parts": parts, "part": part, "units": units, "chunk": chunk, "chunk_rows": chunk_rows,
         "few": int(last_channels * p.S <= FEW and p.walks["x"].c == p.S and p.dtype != "float64"),
         "dense": int(p.S < LANES and all(walk.c == p.S for walk in p.walks.values())),
     }  # fmt: skip
@@ -150,6 +153,7 @@ def _last(p: Problem, num_threads: int) -> Plan:
     smallest, largest = _UNIT_LAST
     unit = max(1, min(max(smallest, p.C * p.S // _UNITS), largest) // p.C // tile) * tile
     units = -(-p.S // unit)
+    unit = -(-p.S // (units * tile)) * tile  # of nearly one size: 8x8 positions are 32 and 32, not 48 and 16
     threads = _threads(p, num_threads)
     slab = _slab(p, threads)
     few = int(p.S <= _FEW_ROWS and p.dtype != "float64")  # then what is done by channel would take longer than the rows

@@ -107,7 +107,7 @@ def _close_vector(x, work, at, C, count, lanes):
     m2 = select(m2 < 0.0, 0.0, m2)
     store_first(work, at + C, offset, lanes)
     store_first(work, at + 2 * C, m2, lanes)
-    return any_of(is_far(offset, m2, count, far(x)))
+    return any_of(is_far(offset, m2, count, far(x, count)))
 
 
 @inlined
