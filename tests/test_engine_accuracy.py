@@ -31,6 +31,13 @@ def test_rows_that_lie_across_memory(length, samples, loc):
     assert worst(x[:, :, None, None], 1) < 1
 
 
+@pytest.mark.parametrize("positions", [3, 17, 63, 65, 113, 127, 191, 300])
+def test_rows_with_gaps_and_an_outlier(positions):
+    x = np.random.default_rng(0).standard_normal((20, 32, positions)).astype(np.float32)
+    x[:, 0, -1] = 300
+    assert worst(x[:, ::2], 2) < 1
+
+
 @pytest.mark.parametrize("loc", [0.0, 1.0, 2.0, 3.9, 100.0])
 @pytest.mark.parametrize("shape", [(64, 1024), (64, 256, 3), (16, 64, 50), (4, 32, 999)])
 def test_masked_rows_far_from_zero(shape, loc):

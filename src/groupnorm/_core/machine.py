@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from groupnorm._core.threads import usable_cpus
 from groupnorm._version import __version__
 
 __all__ = ["CACHES", "Caches", "Machine", "describe", "memory_limit", "versions"]
@@ -61,7 +60,7 @@ def describe() -> Machine:
     """The machine that runs this. Reads a few small files; asks `sysctl` on macOS."""
     import platform
 
-    logical = usable_cpus()
+    logical = len(_cpus())
     return Machine(
         _cpu_name(), _cores(logical), logical, _caches(), _memory_bytes(), f"{platform.system()} {platform.machine()}"
     )

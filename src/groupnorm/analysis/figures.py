@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from groupnorm._core.atomic import write_whole
 from groupnorm._core.machine import describe
+from groupnorm._core.threads import usable_cpus
 from groupnorm.errors import FileError, OptionError
 
 __all__ = ["FORMAT", "Level", "MachineFigures", "Speeds", "cache_path", "figures_of", "read_figures", "write_figures"]
@@ -97,8 +98,7 @@ def cache_path() -> Path:
     """
     chosen = os.environ.get("GROUPNORM_CACHE_DIR")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "groupnorm"
-    here = describe()
-    return Path(chosen or home) / f"figures-{here.slug}-{here.logical_cpus}t.json"
+    return Path(chosen or home) / f"figures-{describe().slug}-{usable_cpus()}t.json"
 
 
 def read_figures(path: str | Path) -> MachineFigures:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from groupnorm._core.machine import CACHES, describe, memory_limit
+from groupnorm._core.threads import usable_cpus
 from groupnorm.analysis.figures import Level, MachineFigures, Speeds
 
 __all__ = ["measure_figures"]
@@ -47,7 +48,7 @@ def measure_figures() -> MachineFigures:
     from groupnorm._engines.cpu.threads import POOL
 
     here = describe()
-    threads, counts = here.logical_cpus, [1]
+    threads, counts = usable_cpus(), [1]
     while counts[-1] < threads:
         counts.append(min(2 * counts[-1], threads))
     arrays = _arrays(counts[-1])

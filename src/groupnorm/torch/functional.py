@@ -86,12 +86,13 @@ def _followed(
 ) -> Tensor:  # fmt: skip
     """y in operations that whoever follows can see: one operator for compilers, the composite for the others."""
     exporting = torch.onnx.is_in_onnx_export()
-    if not torch.compiler.is_compiling():  # where the operator's fake does it
+    compiles = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not compiles:  # where the operator does it
         check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     tensors = (x, weight, bias, scale, shift, residual, mask)
     if out is None and not exporting and is_for_operators(*tensors):
         return ops.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
-    if torch.compiler.is_compiling():
+    if compiles:
         check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     if out is not None and asks_for_gradient(x, weight, bias, scale, shift, residual, out):
         _refuse_out(out)

@@ -98,9 +98,11 @@ def _first(p: Problem, num_threads: int) -> Plan:
     units = -(-last_channels // unit) * parts
     part = -(-p.S // (parts * LANES)) * LANES
     chunk = _CHUNK // 2 if p.dtype == "float64" else _CHUNK
-    if p.mask or p.S < 4 * LANES:  # a row's vectors are added up one by one, not by four accumulators
+    # Four accumulators share a row's vectors but for the last, which the first takes, as it takes all under a mask.
+    fours, rest = (0, p.S) if p.mask else divmod(p.S, 4 * LANES)
+    chunk_rows = max(1, chunk // (4 * LANES) // (fours + -(-rest // LANES)))
+    if p.mask:
         chunk //= 4
-    chunk_rows = max(1, chunk // (-(-p.S // LANES) * LANES))
     cut = {
         "unit": unit, "parts": parts, "part": part, "units": units, "chunk": chunk, "chunk_rows": chunk_rows,
         "few": int(last_channels * p.S <= FEW and p.walks["x"].c == p.S and p.dtype != "float64"),

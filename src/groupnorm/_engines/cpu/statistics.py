@@ -120,15 +120,15 @@ def _first_pivot(x, at, length):
 
 @inlined
 def _first_real_pivot(x, mask, at, mask_at, length):
-    """The same of those of the first sixteen that are real; 0 if none is. The sum of equal numbers is exact in float64,
-    and so is its share.
+    """The same of those of the first sixteen that are real; 0 if none is. The sum of equal numbers of 16 or 32 bits is
+    exact in float64, and so is its share; of float64 the second reading takes off what was rounded.
     """
     lanes = minimum(length, LANES)
     real = load_first(mask, mask_at, lanes)
     count = total(real)
     if count == 0.0:
         return 0.0
-    return total(select(real, widen(load_first(x, at, lanes)), 0.0)) / count
+    return total(select(real, widen(load_first(x, at, lanes)) * 0.0625, 0.0)) / (0.0625 * count)
 
 
 @inlined

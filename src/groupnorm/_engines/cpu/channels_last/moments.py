@@ -125,26 +125,28 @@ def _eighth(x, mask, at, mask_at, row, step, lanes):
 
 
 @inlined
-def _first_pivot(x, mask, at, mask_at, rows, step, lanes):
-    """The mean of the first eight rows, the first of which is real; of fewer rows the first. What a pivot is off the
-    mean the roundings of the sums grow by: one row of normal numbers is off by a standard deviation, eight by a third.
-    Added up in pairs, which gives the value itself where all are equal: a constant channel has no deviations.
+def _unit_pivot(x, mask, at, mask_at, rows, step, lanes):
+    """The mean of eight rows all over the unit, of which the first is real; of fewer rows the first. What a pivot is
+    off the mean the roundings of the sums grow by: one row of normal numbers is off by a standard deviation, eight by a
+    third, and neighbours, which are alike in pictures, by as much as one. Added up in pairs, which gives the value
+    itself where all are equal: a constant channel has no deviations.
     """
     if rows < PIVOT_ROWS:
         return load_first(x, at, lanes)
-    s01 = _eighth(x, mask, at, mask_at, 0, step, lanes) + _eighth(x, mask, at, mask_at, 1, step, lanes)
-    s23 = _eighth(x, mask, at, mask_at, 2, step, lanes) + _eighth(x, mask, at, mask_at, 3, step, lanes)
-    s45 = _eighth(x, mask, at, mask_at, 4, step, lanes) + _eighth(x, mask, at, mask_at, 5, step, lanes)
-    s67 = _eighth(x, mask, at, mask_at, 6, step, lanes) + _eighth(x, mask, at, mask_at, 7, step, lanes)
+    apart = rows // PIVOT_ROWS
+    s01 = _eighth(x, mask, at, mask_at, 0, step, lanes) + _eighth(x, mask, at, mask_at, apart, step, lanes)
+    s23 = _eighth(x, mask, at, mask_at, 2 * apart, step, lanes) + _eighth(x, mask, at, mask_at, 3 * apart, step, lanes)
+    s45 = _eighth(x, mask, at, mask_at, 4 * apart, step, lanes) + _eighth(x, mask, at, mask_at, 5 * apart, step, lanes)
+    s67 = _eighth(x, mask, at, mask_at, 6 * apart, step, lanes) + _eighth(x, mask, at, mask_at, 7 * apart, step, lanes)
     return (s01 + s23) + (s45 + s67)
 
 
 @jitted
 def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
-    """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into place `slot` of work. The first real
-    rows make the pivot; vectors of channels of which one was far from its mean, see statistics.py, are read again with
-    the means as pivots. (Vectors, and not all of c0..c1: how wide a slab is must not show in the bits.) With few rows
-    there is nothing to do before `group_moments`.
+    """Moments of channels c0..c1 over a unit's rows, as pivot, offset and m2, into place `slot` of work. Rows from the
+    first real one on make the pivot; vectors of channels of which one was far from its mean, see statistics.py, are
+    read again with the means as pivots. (Vectors, and not all of c0..c1: how wide a slab is must not show in the bits.)
+    With few rows there is nothing to do before `group_moments`.
     """
     if mask is None and p.few:
         return
@@ -156,7 +158,7 @@ def unit_moments(p, a, x, mask, n, slot, unit, c0, c1):
     while first < last - 1 and not is_real(mask, n * p.S + first):  # no further than the last row, real or not
         first += 1
     for c in range(c0, c1, LANES):
-        pivot = _first_pivot(x, mask, n * p.x_n + first * p.x_s + c, n * p.S + first, last - first, p.x_s, c1 - c)
+        pivot = _unit_pivot(x, mask, n * p.x_n + first * p.x_s + c, n * p.S + first, last - first, p.x_s, c1 - c)
         _start(work, work_at + c, p.C, widen(pivot), c1 - c)
     for row in range(first, last, TILE):
         rows = minimum(TILE, last - row)
