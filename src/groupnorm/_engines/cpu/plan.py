@@ -155,7 +155,6 @@ def _last(p: Problem, num_threads: int) -> Plan:
     smallest, largest = _UNIT_LAST
     unit = max(1, min(max(smallest, p.C * p.S // _UNITS), largest) // p.C // tile) * tile
     units = -(-p.S // unit)
-    unit = -(-p.S // (units * tile)) * tile  # of nearly one size: 8x8 positions are 32 and 32, not 48 and 16
     threads = _threads(p, num_threads)
     slab = _slab(p, threads)
     few = int(p.S <= _FEW_ROWS and p.dtype != "float64")  # then what is done by channel would take longer than the rows

@@ -119,8 +119,9 @@ def _start(work, at, C, pivot, lanes):
 
 
 @inlined
-def _eighth(x, mask, at, mask_at, row, step, lanes):
-    """An eighth of a row's vector, or of the first row's if the row is not real."""
+def _eighth(x, mask, at, mask_at, rows, share, step, lanes):
+    """An eighth of the vector that lies `share` 1024ths down the rows, or of the first row's if that is not real."""
+    row = rows * share >> 10
     return load_first(x, at + (row if is_real(mask, mask_at + row) else 0) * step, lanes) * 0.125
 
 
@@ -128,16 +129,16 @@ def _eighth(x, mask, at, mask_at, row, step, lanes):
 def _unit_pivot(x, mask, at, mask_at, rows, step, lanes):
     """The mean of eight rows all over the unit, of which the first is real; of fewer rows the first. What a pivot is
     off the mean the roundings of the sums grow by: one row of normal numbers is off by a standard deviation, eight by a
-    third, and neighbours, which are alike in pictures, by as much as one. Added up in pairs, which gives the value
-    itself where all are equal: a constant channel has no deviations.
+    third, and neighbours, which are alike in pictures, by as much as one. So are rows at equal distances that fit the
+    picture's width; multiples of the golden section fit none. Added up in pairs, which gives the value itself where all
+    are equal: a constant channel has no deviations.
     """
     if rows < PIVOT_ROWS:
         return load_first(x, at, lanes)
-    apart = rows // PIVOT_ROWS
-    s01 = _eighth(x, mask, at, mask_at, 0, step, lanes) + _eighth(x, mask, at, mask_at, apart, step, lanes)
-    s23 = _eighth(x, mask, at, mask_at, 2 * apart, step, lanes) + _eighth(x, mask, at, mask_at, 3 * apart, step, lanes)
-    s45 = _eighth(x, mask, at, mask_at, 4 * apart, step, lanes) + _eighth(x, mask, at, mask_at, 5 * apart, step, lanes)
-    s67 = _eighth(x, mask, at, mask_at, 6 * apart, step, lanes) + _eighth(x, mask, at, mask_at, 7 * apart, step, lanes)
+    s01 = _eighth(x, mask, at, mask_at, rows, 0, step, lanes) + _eighth(x, mask, at, mask_at, rows, 632, step, lanes)
+    s23 = _eighth(x, mask, at, mask_at, rows, 241, step, lanes) + _eighth(x, mask, at, mask_at, rows, 874, step, lanes)
+    s45 = _eighth(x, mask, at, mask_at, rows, 483, step, lanes) + _eighth(x, mask, at, mask_at, rows, 92, step, lanes)
+    s67 = _eighth(x, mask, at, mask_at, rows, 725, step, lanes) + _eighth(x, mask, at, mask_at, rows, 334, step, lanes)
     return (s01 + s23) + (s45 + s67)
 
 
