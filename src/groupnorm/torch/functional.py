@@ -86,7 +86,7 @@ def _followed(
 ) -> Tensor:  # fmt: skip
     """y in operations that whoever follows can see: one operator for compilers, the composite for the others."""
     exporting = torch.onnx.is_in_onnx_export()
-    compiles = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    compiles = torch.compiler.is_compiling() or torch._C._is_tracing()
     if not compiles:  # where the operator does it
         check(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, out)
     tensors = (x, weight, bias, scale, shift, residual, mask)
