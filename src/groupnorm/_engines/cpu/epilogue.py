@@ -313,7 +313,7 @@ def _gelu_tanh_slope(act, z):
 
 def _silu_slope(act, z):
     s, rest = _sigmoid_both(act, z)
-    return fma(z, s * rest, s)
+    return s * fma(z, rest, 1.0)
 
 
 @inlined

@@ -6,6 +6,7 @@ from groupnorm._engines.cpu.compiler import inlined, jitted
 from groupnorm._engines.cpu.groups import group_channels
 from groupnorm._engines.cpu.memory import (
     FLOAT64,
+    element_size,
     load,
     load_first,
     load_one,
@@ -119,9 +120,11 @@ def _start(work, at, C, pivot, lanes):
 
 
 @inlined
-def _eighth(x, mask, at, mask_at, rows, share, step, lanes):
-    """An eighth of the vector that lies `share` 1024ths down the rows, or of the first row's if that is not real."""
-    row = rows * share >> 10
+def _eighth(x, mask, at, mask_at, rows, place, share, step, lanes):
+    """An eighth of the vector that lies `share` 1024ths down the rows, or of the first row's if that is not real; of
+    float64 that of row `place`.
+    """
+    row = place if element_size(x) == 8 else rows * share >> 10
     return load_first(x, at + (row if is_real(mask, mask_at + row) else 0) * step, lanes) * 0.125
 
 
@@ -130,16 +133,21 @@ def _unit_pivot(x, mask, at, mask_at, rows, step, lanes):
     """The mean of eight rows all over the unit, of which the first is real; of fewer rows the first. What a pivot is
     off the mean the roundings of the sums grow by: one row of normal numbers is off by a standard deviation, eight by a
     third, and neighbours, which are alike in pictures, by as much as one. So are rows at equal distances that fit the
-    picture's width; multiples of the golden section fit none. Added up in pairs, which gives the value itself where all
-    are equal: a constant channel has no deviations.
+    picture's width; multiples of the golden section fit none. (Of float64, where a pivot that is off by half a
+    deviation is not kept, the first eight.) Added up in pairs, which gives the value itself where all are equal: a
+    constant channel has no deviations.
     """
     if rows < PIVOT_ROWS:
         return load_first(x, at, lanes)
-    s01 = _eighth(x, mask, at, mask_at, rows, 0, step, lanes) + _eighth(x, mask, at, mask_at, rows, 632, step, lanes)
-    s23 = _eighth(x, mask, at, mask_at, rows, 241, step, lanes) + _eighth(x, mask, at, mask_at, rows, 874, step, lanes)
-    s45 = _eighth(x, mask, at, mask_at, rows, 483, step, lanes) + _eighth(x, mask, at, mask_at, rows, 92, step, lanes)
-    s67 = _eighth(x, mask, at, mask_at, rows, 725, step, lanes) + _eighth(x, mask, at, mask_at, rows, 334, step, lanes)
-    return (s01 + s23) + (s45 + s67)
+    e0 = _eighth(x, mask, at, mask_at, rows, 0, 0, step, lanes)
+    e1 = _eighth(x, mask, at, mask_at, rows, 1, 632, step, lanes)
+    e2 = _eighth(x, mask, at, mask_at, rows, 2, 241, step, lanes)
+    e3 = _eighth(x, mask, at, mask_at, rows, 3, 874, step, lanes)
+    e4 = _eighth(x, mask, at, mask_at, rows, 4, 483, step, lanes)
+    e5 = _eighth(x, mask, at, mask_at, rows, 5, 92, step, lanes)
+    e6 = _eighth(x, mask, at, mask_at, rows, 6, 725, step, lanes)
+    e7 = _eighth(x, mask, at, mask_at, rows, 7, 334, step, lanes)
+    return ((e0 + e1) + (e2 + e3)) + ((e4 + e5) + (e6 + e7))
 
 
 @jitted
