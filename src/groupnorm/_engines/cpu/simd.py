@@ -15,7 +15,6 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.datamodel import models
-from numba.core.registry import cpu_target
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, register_model
 
@@ -45,10 +44,10 @@ class Vector(types.Type):  # type: ignore[misc]
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, vector: Vector) -> None:
-        super().__init__(manager, vector, _vector_ir(vector.lane))
+        super().__init__(manager, vector, vector_ir(vector.lane))
 
 
-def _vector_ir(lane: str) -> ir.VectorType:
+def vector_ir(lane: str) -> ir.VectorType:
     return ir.VectorType(_LANE[lane], LANES)
 
 
@@ -168,7 +167,7 @@ def splat(typingctx: Any, v: Any, scalar: Any) -> Any:
     return v(v, types.unliteral(scalar)), lower
 
 
-def _opaque(builder: Any, value: Any) -> Any:
+def opaque(builder: Any, value: Any) -> Any:
     """`value`, of which LLVM no longer knows that it is a constant."""
     same = builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=False)
     same.attributes.add("readnone")
@@ -185,29 +184,9 @@ def held(typingctx: Any, like: Any, number: Any) -> Any:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value = as_lanes(context, builder, args[1], sig.args[1], lane)
-        return _opaque(builder, value) if lane == "f32" and has_feature(context, "avx512f") else value
+        return opaque(builder, value) if lane == "f32" and has_feature(context, "avx512f") else value
 
     return like(like, types.unliteral(number)), lower
-
-
-def has_tables() -> bool:
-    """Whether one instruction looks up sixteen lanes in a `table`."""
-    return has_feature(cpu_target.target_context, "avx512f")
-
-
-def table(numbers: Any) -> Any:
-    """A function of int32 lanes for kernels: in each lane the one of these sixteen numbers that its low four bits count
-    to. Only where `has_tables()`.
-    """
-
-    def typing(typingctx: Any, v: Any) -> Any:
-        def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            held_numbers = _opaque(builder, ir.Constant(_vector_ir("i32"), [int(number) for number in numbers]))
-            return call_intrinsic(builder, "llvm.x86.avx512.permvar.si.512", held_numbers.type, held_numbers, args[0])
-
-        return v(v), lower
-
-    return intrinsic(typing)
 
 
 @intrinsic
@@ -218,7 +197,7 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         values = [as_lanes(context, builder, v, t, lane) for v, t in zip(args, sig.args, strict=True)]
-        return call_intrinsic(builder, f"llvm.fmuladd.v{LANES}{lane}", _vector_ir(lane), *values)
+        return call_intrinsic(builder, f"llvm.fmuladd.v{LANES}{lane}", vector_ir(lane), *values)
 
     return Vector(lane)(*map(types.unliteral, (a, b, c))), lower
 
@@ -226,11 +205,16 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 def _unary(name: str) -> Any:
     def typing(typingctx: Any, v: Any) -> Any:
         def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            return call_intrinsic(builder, f"llvm.{name}.v{LANES}{v.lane}", _vector_ir(v.lane), *args)
+            return call_intrinsic(builder, f"llvm.{name}.v{LANES}{v.lane}", vector_ir(v.lane), *args)
 
         return v(v), lower
 
     return typing
+
+
+def _estimate(builder: Any, d: Any) -> Any:
+    everywhere = (ir.Constant(d.type, None), ir.Constant(ir.IntType(LANES), -1))
+    return call_intrinsic(builder, "llvm.x86.avx512.rcp14.ps.512", d.type, d, *everywhere)
 
 
 def _newton(context: Any, builder: Any, n: Any, d: Any) -> tuple[Any, Any, Any]:
@@ -238,11 +222,20 @@ def _newton(context: Any, builder: Any, n: Any, d: Any) -> tuple[Any, Any, Any]:
     vector = d.type
     if vector.element != ir.FloatType() or not has_feature(context, "avx512f"):
         return (builder.fdiv(n, d),) * 3
-    everywhere = (ir.Constant(vector, None), ir.Constant(ir.IntType(LANES), -1))
-    inverse = call_intrinsic(builder, "llvm.x86.avx512.rcp14.ps.512", vector, d, *everywhere)
+    inverse = _estimate(builder, d)
     first, fused = builder.fmul(n, inverse), f"llvm.fmuladd.v{LANES}f32"
     remainder = call_intrinsic(builder, fused, vector, builder.fneg(first), d, n)
     return first, remainder, call_intrinsic(builder, fused, vector, remainder, inverse, first)
+
+
+@intrinsic
+def reciprocal_estimate(typingctx: Any, d: Any) -> Any:
+    """1/d off by 2^-14 of it, 0 for an infinite d. Only where there is AVX-512."""
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _estimate(builder, args[0])
+
+    return d(d), lower
 
 
 @intrinsic
@@ -282,7 +275,7 @@ def to_float(typingctx: Any, v: Any) -> Any:
     result = Vector(_FLOAT_OF[v.lane])
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.sitofp(args[0], _vector_ir(result.lane))
+        return builder.sitofp(args[0], vector_ir(result.lane))
 
     return result(v), lower
 
@@ -293,7 +286,7 @@ def to_int(typingctx: Any, v: Any) -> Any:
     result = Vector(_INTEGER_OF[v.lane])
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fptosi(args[0], _vector_ir(result.lane))
+        return builder.fptosi(args[0], vector_ir(result.lane))
 
     return result(v), lower
 
@@ -303,7 +296,7 @@ def _resize(lane: str, operation: str) -> Any:
 
     def typing(typingctx: Any, v: Any) -> Any:
         def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            return args[0] if v.lane == lane else getattr(builder, operation)(args[0], _vector_ir(lane))
+            return args[0] if v.lane == lane else getattr(builder, operation)(args[0], vector_ir(lane))
 
         return result(v), lower
 
@@ -318,7 +311,7 @@ def narrow(typingctx: Any, v: Any, like: Any) -> Any:
     """float64 lanes in the lane type of `like`."""
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return args[0] if like.lane == "f64" else builder.fptrunc(args[0], _vector_ir(like.lane))
+        return args[0] if like.lane == "f64" else builder.fptrunc(args[0], vector_ir(like.lane))
 
     return like(v, like), lower
 
@@ -329,7 +322,7 @@ def bits(typingctx: Any, v: Any) -> Any:
     result = Vector({**_INTEGER_OF, **_FLOAT_OF}[v.lane])
 
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], _vector_ir(result.lane))
+        return builder.bitcast(args[0], vector_ir(result.lane))
 
     return result(v), lower
 
@@ -392,9 +385,9 @@ def total(typingctx: Any, v: Any) -> Any:
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value = args[0]
         if v.lane == "bool":
-            value = builder.uitofp(value, _vector_ir("f64"))
+            value = builder.uitofp(value, vector_ir("f64"))
         elif v.lane == "f32":
-            value = builder.fpext(value, _vector_ir("f64"))
+            value = builder.fpext(value, vector_ir("f64"))
         return _halved(builder, value)
 
     return types.float64(v), lower
