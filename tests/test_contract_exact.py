@@ -88,6 +88,28 @@ def test_bits_where_slabs_are_narrow(
     assert not any(differing(found[0], other) for other in found)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("shape", [(2, 24, 35, 33), (2, 32, 32, 4)], ids=str)
+def test_bits_by_every_way_of_writing(
+    engine: Engine, layout: str, dtype: str, shape: tuple[int, ...], threads: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the cache, past it, or with lines fetched ahead, whatever this processor would be given."""
+    if engine.name != "cpu":
+        pytest.skip("other engines write in one way")
+    planning, front = import_module("groupnorm._engines.cpu.plan"), import_module("groupnorm.numpy")
+    drawn, caches, found = draw(Case(shape, 8, dtype, layout)), planning.CACHES, []
+    threads(2)
+    ways = {planning.THROUGH: (1 << 30, 1 << 30), planning.PAST: (1, 1), planning.FETCHED: (1, 1 << 30)}
+    for way, (l2, l3) in ways.items():
+        monkeypatch.setattr(planning, "CACHES", caches._replace(l2=l2, l3=l3))
+        monkeypatch.setattr(planning, "_SLOW_L3", way == planning.FETCHED)
+        monkeypatch.setattr(front, "_calls", {})
+        found.append(everything(engine, drawn))
+        used = {plan.way for _, plan, _ in front._calls.values()}
+        assert way in used, f"{used} without {way}"
+    assert not any(differing(found[0], other) for other in found)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_bits_of_backward_by_either_road(engine: Engine, layout: str, dtype: str, threads: Any) -> None:
     """With an activation, whose slope depends on the last bit of the mean, without given statistics."""

@@ -90,18 +90,20 @@ def _levels(threads: int) -> Iterator[tuple[str, int | None, int]]:
     yield "memory", None, _memory_bytes() // threads
 
 
-def _works(arrays: tuple[Array, ...], threads: int) -> dict[tuple[str, ...], Work]:
-    """What is measured with so many threads: (level, loop, "plain" or "streamed"), and (kind of operation,)."""
+def _works(arrays: tuple[Array, ...], threads: int) -> dict[tuple[Any, ...], Work]:
+    """What is measured with so many threads: (level, loop, way of writing), and (kind of operation,)."""
+    from groupnorm._engines.cpu.memory import FETCHED, PAST, THROUGH
     from groupnorm._engines.cpu.peaks import COPY, ISSUE, MULTIPLY, OPERATIONS, READ, STEP, TRIAD, run_peak
 
     x, y, other = arrays
-    works: dict[tuple[str, ...], Work] = {}
-    for name, capacity, share in _levels(threads):
+    works: dict[tuple[Any, ...], Work] = {}
+    for name, _, share in _levels(threads):
         for loop, kind, used in (("read", READ, 1), ("copy", COPY, 2), ("triad", TRIAD, 3)):
             elements = max(min(share // used, x.nbytes // threads) // 4 // STEP, 1) * STEP
-            for stream in (False, True) if kind != READ and capacity is None else (False,):
-                run = partial(run_peak, kind, x, y, other, elements, num_threads=threads, stream=stream)
-                works[name, loop, "streamed" if stream else "plain"] = Work(run, 4 * elements * used * threads)
+            ways = {"L3": (THROUGH, FETCHED), "memory": (THROUGH, FETCHED, PAST)}
+            for way in ways.get(name, (THROUGH,)) if kind != READ else (THROUGH,):
+                run = partial(run_peak, kind, x, y, other, elements, num_threads=threads, way=way)
+                works[name, loop, way] = Work(run, 4 * elements * used * threads)
     elements = STEP * 16  # operations alone: in the L1 cache
     for name, kind, of in (("float32", MULTIPLY, x), ("float64", MULTIPLY, x.view(np.float64)), ("issued", ISSUE, x)):
         run = partial(run_peak, kind, of, y, other, elements, num_threads=threads)
@@ -114,7 +116,7 @@ def _speeds(threads: int, rates: dict[tuple[Any, ...], float]) -> Speeds:
     levels = []
     for name, capacity, _ in _levels(threads):
         loops = [
-            max(rates.get((threads, name, loop, way), 0.0) for way in ("plain", "streamed"))
+            max(rate for work, rate in rates.items() if work[:3] == (threads, name, loop))
             for loop in ("read", "copy", "triad")
         ]
         levels.append(Level(name, capacity, *loops))

@@ -16,6 +16,7 @@ from groupnorm._core import buffers
 from groupnorm._core.problem import Problem
 from groupnorm._engines import fill_empty
 from groupnorm._engines.cpu.copy import stream_copy
+from groupnorm._engines.cpu.memory import THROUGH
 from groupnorm._engines.cpu.plan import Plan, make_plan
 from groupnorm._engines.cpu.records import ARRAYS
 from groupnorm._engines.cpu.threads import POOL
@@ -24,7 +25,7 @@ __all__ = ["backward", "forward", "plan", "run_at", "stream_copy", "supports"]
 
 _SCRATCH = 1 << 13  # float64 numbers that each calling thread keeps for itself
 _own = threading.local()
-_CALL = struct.Struct(f"{len(ARRAYS) + 1}q")  # the addresses, and whether to write past the cache
+_CALL = struct.Struct(f"{len(ARRAYS) + 1}q")  # the addresses, and the way to write
 
 
 def supports(problem: Problem) -> str | None:
@@ -49,8 +50,8 @@ def forward(
     rows = np.empty(plan.rows) if plan.rows else None
     arrays = (x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, None, None, None, None, None, None,
               None, work, None, rows, None)  # fmt: skip
-    stream = plan.stream and not buffers.first_write(y)
-    POOL.run(plan.launches[0].address, arrays, stream, plan.threads)
+    way = THROUGH if plan.way == THROUGH or buffers.first_write(y) else plan.way
+    POOL.run(plan.launches[0].address, arrays, way, plan.threads)
 
 
 def backward(
@@ -70,8 +71,8 @@ def backward(
     kept = np.empty(plan.kept) if plan.kept else None
     arrays = (x, None, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias, dscale,
               dshift, dresidual, work, np.empty(plan.sums), rows, kept)  # fmt: skip
-    stream = plan.stream and not buffers.first_write(dx)
-    POOL.run(plan.launches[0].address, arrays, stream, plan.threads)
+    way = THROUGH if plan.way == THROUGH or buffers.first_write(dx) else plan.way
+    POOL.run(plan.launches[0].address, arrays, way, plan.threads)
 
 
 def run_at(
@@ -89,7 +90,7 @@ def run_at(
         rows = sums + 8 * plan.sums
         kept = rows + 8 * plan.rows
     call = _CALL.pack(x, y, weight, bias, scale, shift, residual, mask, mean, rstd, moments, dy, dx, dweight, dbias,
-                      dscale, dshift, dresidual, work, sums, rows, kept, plan.stream and not fresh)  # fmt: skip
+                      dscale, dshift, dresidual, work, sums, rows, kept, THROUGH if fresh else plan.way)  # fmt: skip
     POOL.run_at(plan.launches[0].address, call, plan.threads)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from groupnorm._engines.cpu.compiler import compiled
 from groupnorm._engines.cpu.memory import (
     FLOAT32,
+    PAST,
+    THROUGH,
     elements_to_line,
     fence,
     load,
@@ -36,7 +38,7 @@ def stream_copy(source: Any, target: Any, num_threads: int) -> None:
     threads = max(1, min(num_threads, tasks, MAX_WORKERS + 1))
     record["workers"] = threads - 1
     arrays = {"x": source, "y": target}
-    POOL.run(record.ctypes.data, tuple(arrays.get(name) for name in ARRAYS), False, threads)
+    POOL.run(record.ctypes.data, tuple(arrays.get(name) for name in ARRAYS), THROUGH, threads)
     target[4 * elements :] = source[4 * elements :]
 
 
@@ -45,13 +47,13 @@ def _kernel() -> Any:
     def kernel(plan, call, task, worker):
         x, y = pointer(call_at(call).x, FLOAT32), pointer(call_at(call).y, FLOAT32)
         at, end = task * _PIECE, minimum((task + 1) * _PIECE, plan_at(plan).S)
-        streaming = elements_to_line(y, at) < LANES
-        if streaming:
+        way = PAST if elements_to_line(y, at) < LANES else THROUGH
+        if way == PAST:
             head = minimum(elements_to_line(y, at), end - at)
             store_first(y, at, load_first(x, at, head), head)
             at += head
         while at + LANES <= end:
-            write(y, at, load(x, at), streaming)
+            write(y, at, load(x, at), way, 0)
             at += LANES
         if at < end:
             store_first(y, at, load_first(x, at, end - at), end - at)

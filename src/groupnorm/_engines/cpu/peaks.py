@@ -12,7 +12,18 @@ import llvmlite.binding as llvm
 import numpy as np
 
 from groupnorm._engines.cpu.compiler import compiled
-from groupnorm._engines.cpu.memory import FLOAT32, FLOAT64, fence, load, pointer, store, write, zeros
+from groupnorm._engines.cpu.memory import (
+    FLOAT32,
+    FLOAT64,
+    THROUGH,
+    elements_ahead,
+    fence,
+    load,
+    pointer,
+    store,
+    write,
+    zeros,
+)
 from groupnorm._engines.cpu.records import ARRAYS, PLAN, call_at, plan_at
 from groupnorm._engines.cpu.simd import LANES, fma
 from groupnorm._engines.cpu.threads import MAX_WORKERS, POOL
@@ -26,11 +37,11 @@ STEP = 4 * int(LANES)  # elements; a slice is a multiple of this
 
 
 def run_peak(
-    kind: int, x: Any, y: Any, other: Any, elements: int, passes: int, num_threads: int, *, stream: bool = False
+    kind: int, x: Any, y: Any, other: Any, elements: int, passes: int, num_threads: int, *, way: int = THROUGH
 ) -> None:
     """Go `passes` times over the slices of flat arrays x, y and `other`, each thread over its own `elements`, a
     multiple of STEP: READ x; COPY x to y; TRIAD: y = x + 3*other; MULTIPLY and ISSUE: OPERATIONS[kind] operations for
-    each STEP elements. `stream`: write past the cache; y then begins at a cache line. x is float32, or float64 for
+    each STEP elements. `way` of writing: for PAST, y begins at a cache line. x is float32, or float64 for
     MULTIPLY alone.
     """
     record = np.zeros((), PLAN)
@@ -39,7 +50,7 @@ def run_peak(
     record["tasks"], record["workers"] = threads, threads - 1
     record["phase"], record["S"], record["per_task"] = kind, elements, passes
     arrays = {"x": x, "y": y, "residual": other}
-    POOL.run(record.ctypes.data, tuple(arrays.get(name) for name in ARRAYS), stream, threads)
+    POOL.run(record.ctypes.data, tuple(arrays.get(name) for name in ARRAYS), way, threads)
 
 
 def vector_lanes() -> int:
@@ -54,7 +65,7 @@ def _kernel(element: int) -> Any:
         p, a = plan_at(plan), call_at(call)
         x, y, other = pointer(a.x, element), pointer(a.y, element), pointer(a.residual, element)
         first = task * p.S
-        streaming = a.stream != 0
+        way, ahead = a.way, elements_ahead(x, 1, 1)
         s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = s8 = s9 = s10 = s11 = zeros(x)
         for _ in range(p.per_task):
             if p.phase == READ:
@@ -65,10 +76,10 @@ def _kernel(element: int) -> Any:
                     s3 += load(x, i + 3 * LANES)
             elif p.phase == COPY:
                 for i in range(first, first + p.S, LANES):
-                    write(y, i, load(x, i), streaming)
+                    write(y, i, load(x, i), way, ahead)
             elif p.phase == TRIAD:
                 for i in range(first, first + p.S, LANES):
-                    write(y, i, fma(load(other, i), 3.0, load(x, i)), streaming)
+                    write(y, i, fma(load(other, i), 3.0, load(x, i)), way, ahead)
             elif p.phase == MULTIPLY:
                 v, w = load(x, first), load(x, first + LANES)
                 for _i in range(0, p.S, 4 * LANES):

@@ -60,7 +60,7 @@ PLAN = np.dtype(
     )] + [("eps", np.float64)],
     align=True,
 )  # fmt: skip
-CALL = np.dtype([(name, np.int64) for name in (*ARRAYS, "stream")], align=True)  # stream: 1 to write past the cache
+CALL = np.dtype([(name, np.int64) for name in (*ARRAYS, "way")], align=True)  # way: of writing, see memory.py
 
 
 def _record_at(dtype: Any) -> Any:

@@ -225,14 +225,14 @@ def _gather(typingctx: Any, pool: Any, arrays: Any) -> Any:
     return types.int64(types.int64, types.int64), lower
 
 
-def _launch(pool: int, plan: int, arrays: int, call: int, stream: int) -> None:
+def _launch(pool: int, plan: int, arrays: int, call: int, way: int) -> None:
     """Do a plan and those that follow it, each with all its tasks.
 
     `arrays` is the address of a tuple of NumPy arrays in the order of ARRAYS, or 0, and then `call` that of a CALL.
     """
     if arrays != 0:
         call = _gather(pool, arrays)
-        call_at(call).stream = stream
+        call_at(call).way = way
     while plan != 0:
         _do_tasks(pool, plan, call)
         plan = plan_at(plan).next
@@ -284,7 +284,7 @@ class Pool:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
 
-    def run(self, plan: int, arrays: tuple[Any, ...], stream: bool, threads: int) -> None:
+    def run(self, plan: int, arrays: tuple[Any, ...], way: int, threads: int) -> None:
         """Do the job of the PLAN at this address, and those that follow it, on NumPy arrays, given in the order of
         ARRAYS, None where there is none; with `threads` at most.
 
@@ -293,10 +293,10 @@ class Pool:
         """
         self._prepare(threads)
         if self._reads_objects:
-            self._launch(self._address, plan, id(arrays), 0, stream)
+            self._launch(self._address, plan, id(arrays), 0, way)
         else:
-            call = np.array([*(0 if a is None else a.ctypes.data for a in arrays), stream], np.int64)
-            self._launch(self._address, plan, 0, call.ctypes.data, stream)
+            call = np.array([*(0 if a is None else a.ctypes.data for a in arrays), way], np.int64)
+            self._launch(self._address, plan, 0, call.ctypes.data, way)
 
     def run_at(self, plan: int, call: bytes, threads: int) -> None:
         """The same with the CALL itself, as it lies in memory: for callers that have addresses and no arrays."""

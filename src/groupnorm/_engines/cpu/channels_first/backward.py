@@ -26,6 +26,9 @@ from groupnorm._engines.cpu.memory import (
     FLOAT32,
     FLOAT64,
     NONE,
+    PAST,
+    THROUGH,
+    elements_ahead,
     elements_to_line,
     fence,
     load,
@@ -205,7 +208,7 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, kept, act, n, g, 
     lane_k2, lane_k3 = one_lane(x, k2), one_lane(x, k3)
     slopes, shifts, factors = scratch(x), scratch(x), scratch(x)
     x_c, dy_c, dx_c, residual_c, dresidual_c = p.x_c, p.dy_c, p.dx_c, p.residual_c, p.dresidual_c
-    ahead_x, ahead_dy, streaming, dense = p.ahead * x_c, p.ahead * dy_c, a.stream, p.dense
+    ahead_x, ahead_dy, way, dense = p.ahead * x_c, p.ahead * dy_c, a.way, p.dense
     xa, ya = n * p.x_n + c * x_c + start, n * p.dy_n + c * dy_c + start
     da, sa = n * p.dx_n + c * dx_c + start, n * p.dresidual_n + c * dresidual_c + start
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
@@ -231,7 +234,7 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, kept, act, n, g, 
         store(factors, 0, k1)
         for lane in range(lanes):
             _backward_run(x, dy, dx, dresidual, residual, mask, kept, act, xa, ya, da, sa, ra, ma, ka, length,
-                          streaming, ahead_x, ahead_dy, lane_m, lane_r, load_one(slopes, lane), load_one(shifts, lane),
+                          way, ahead_x, ahead_dy, lane_m, lane_r, load_one(slopes, lane), load_one(shifts, lane),
                           load_one(factors, lane), lane_k2, lane_k3)  # fmt: skip
             xa, ya, da = xa + x_c, ya + dy_c, da + dx_c
             sa, ra, ka = sa + dresidual_c, ra + residual_c, ka + p.S
@@ -239,26 +242,28 @@ def _backward_unit(p, a, x, dy, dx, dresidual, residual, mask, kept, act, n, g, 
 
 @inlined
 def _backward_run(
-    x, dy, dx, dresidual, residual, mask, kept, act, xa, ya, da, sa, ra, ma, ka, length, streaming, ahead_x, ahead_dy,
+    x, dy, dx, dresidual, residual, mask, kept, act, xa, ya, da, sa, ra, ma, ka, length, way, ahead_x, ahead_dy,
     m, r, a, b, k1, k2, k3,
 ):  # fmt: skip
     """dx of a run of one channel."""
     done = 0
-    if streaming:
+    if way == PAST:
         head = minimum(elements_to_line(dx, da), length)
-        streaming = head < LANES
+        if head >= LANES:
+            way = THROUGH
         if 0 < head < LANES:
             v = _dx_vector(x, dy, dresidual, residual, mask, kept, act, xa, ya, sa, ra, ma, ka, head, m, r, a, b, k1,
                            k2, k3)  # fmt: skip
             store_first(dx, da, v, head)
             done = head
+    written_ahead = elements_ahead(dx, 1, 1)
     while done + LANES <= length:
         if act is not None:
             prefetch(x, xa + done + ahead_x)
             prefetch(dy, ya + done + ahead_dy)
         v = _dx_vector(x, dy, dresidual, residual, mask, kept, act, xa + done, ya + done, sa + done, ra + done,
                        ma + done, ka + done, LANES, m, r, a, b, k1, k2, k3)  # fmt: skip
-        write(dx, da + done, v, streaming)
+        write(dx, da + done, v, way, written_ahead)
         done += LANES
     if done < length:
         tail = length - done

@@ -30,6 +30,9 @@ from groupnorm._engines.cpu.memory import (
     FLOAT32,
     FLOAT64,
     NONE,
+    PAST,
+    THROUGH,
+    elements_ahead,
     elements_to_line,
     fence,
     load,
@@ -71,7 +74,7 @@ def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
     lane_m = one_lane(x, m)
     slopes, shifts = scratch(x), scratch(x)
     # Read once: after each store the compiler would read a record's fields again, a third of the time of 64 positions.
-    x_c, y_c, residual_c, ahead, streaming, dense = p.x_c, p.y_c, p.residual_c, p.ahead * p.x_c, a.stream, p.dense
+    x_c, y_c, residual_c, ahead, way, dense = p.x_c, p.y_c, p.residual_c, p.ahead * p.x_c, a.way, p.dense
     xa, ya = n * p.x_n + c * x_c + start, n * p.y_n + c * y_c + start
     ra, ma = n * p.residual_n + c * residual_c + start, n * p.S + start
     for first in range(c, c + channels, LANES):
@@ -92,26 +95,28 @@ def _forward_unit(p, a, x, y, residual, mask, act, n, g, unit, m, m_rest, r):
         store(slopes, 0, slope_)
         store(shifts, 0, shift)
         for lane in range(lanes):
-            _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, ahead, lane_m,
+            _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, way, ahead, lane_m,
                          load_one(slopes, lane), load_one(shifts, lane))  # fmt: skip
             xa, ya, ra = xa + x_c, ya + y_c, ra + residual_c
 
 
 @inlined
-def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, streaming, ahead, m, a, b):
+def _forward_run(x, y, residual, mask, act, xa, ya, ra, ma, length, way, ahead, m, a, b):
     """y of a run of one channel."""
     done = 0
-    if streaming:
+    if way == PAST:
         head = minimum(elements_to_line(y, ya), length)
-        streaming = head < LANES
+        if head >= LANES:
+            way = THROUGH
         if 0 < head < LANES:
             store_first(y, ya, _forward_vector(x, residual, mask, act, xa, ra, ma, head, m, a, b), head)
             done = head
+    written_ahead = elements_ahead(y, 1, 1)
     while done + LANES <= length:
         if act is not None:
             prefetch(x, xa + done + ahead)
         v = _forward_vector(x, residual, mask, act, xa + done, ra + done, ma + done, LANES, m, a, b)
-        write(y, ya + done, v, streaming)
+        write(y, ya + done, v, way, written_ahead)
         done += LANES
     if done < length:
         rest = length - done

@@ -40,6 +40,9 @@ from groupnorm._engines.cpu.memory import (
     FLOAT32,
     FLOAT64,
     NONE,
+    PAST,
+    THROUGH,
+    elements_ahead,
     elements_to_line,
     fence,
     load,
@@ -253,7 +256,9 @@ def _dx_vector(x, dy, dresidual, residual, mask, kept, act, planes, C, xa, ya, s
 @jitted
 def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, kept, act, rows_, n, slot, first, last, c0, c1):
     """dx of channels c0..c1 of rows first..last, in the order of memory."""
-    streaming = a.stream != 0 and elements_to_line(dx, n * p.dx_n + c0) == 0 and p.dx_s % LANES == 0
+    way, ahead = a.way, elements_ahead(dx, c1 - c0, p.dx_s)
+    if way == PAST and (elements_to_line(dx, n * p.dx_n + c0) != 0 or p.dx_s % LANES != 0):
+        way = THROUGH
     planes = shifted(rows_, slot * BACKWARD_PLANES * p.C)
     # Read once: after each store the compiler would read a record's fields again.
     C, x_s, dy_s, dx_s, residual_s, dresidual_s = p.C, p.x_s, p.dy_s, p.dx_s, p.residual_s, p.dresidual_s
@@ -264,7 +269,7 @@ def _backward_rows(p, a, x, dy, dx, dresidual, residual, mask, kept, act, rows_,
         c = c0
         while c + LANES <= c1:
             v = _dx_vector(x, dy, dresidual, residual, mask, kept, act, planes, C, xa, ya, sa, ra, ma, ka, c, LANES)
-            write(dx, da + c, v, streaming)
+            write(dx, da + c, v, way, ahead)
             c += LANES
         if c < c1:
             v = _dx_vector(x, dy, dresidual, residual, mask, kept, act, planes, C, xa, ya, sa, ra, ma, ka, c, c1 - c)

@@ -32,6 +32,9 @@ from groupnorm._engines.cpu.memory import (
     FLOAT32,
     FLOAT64,
     NONE,
+    PAST,
+    THROUGH,
+    elements_ahead,
     elements_to_line,
     fence,
     load_first,
@@ -102,7 +105,9 @@ def _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c, lanes):
 @jitted
 def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, slot, first, last, c0, c1):
     """y of channels c0..c1 of rows first..last, in the order of memory."""
-    streaming = a.stream != 0 and elements_to_line(y, n * p.y_n + c0) == 0 and p.y_s % LANES == 0
+    way, ahead = a.way, elements_ahead(y, c1 - c0, p.y_s)
+    if way == PAST and (elements_to_line(y, n * p.y_n + c0) != 0 or p.y_s % LANES != 0):
+        way = THROUGH
     planes = shifted(rows_, slot * FORWARD_PLANES * p.C)
     # Read once: after each store the compiler would read a record's fields again.
     C, x_s, y_s, residual_s = p.C, p.x_s, p.y_s, p.residual_s
@@ -111,7 +116,7 @@ def _forward_rows(p, a, x, y, residual, mask, act, rows_, n, slot, first, last, 
         c = c0
         while c + LANES <= c1:
             v = _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c, LANES)
-            write(y, ya + c, v, streaming)
+            write(y, ya + c, v, way, ahead)
             c += LANES
         if c < c1:
             v = _forward_vector(x, residual, mask, act, planes, C, xa, ra, ma, c, c1 - c)
