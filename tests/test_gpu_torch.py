@@ -192,9 +192,31 @@ def test_the_engine_can_be_switched_off(monkeypatch: Any) -> None:
     gpu._is_here.cache_clear()
 
 
-def test_triton_is_missed_with_a_warning(monkeypatch: Any) -> None:
-    monkeypatch.setattr(gpu.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("masked", [False, True])
+def test_large_counts_are_whole_numbers(masked: bool, monkeypatch: Any) -> None:
+    x = torch.randn(2, 6, 5, 7)
+    mask = torch.rand(2, 5, 7) < 0.5 if masked else None
+    found = gnt.moments(x, 2, mask=mask)
+    monkeypatch.setattr(gpu, "_COUNTED", 0)
+    again = torch.stack([torch.full_like(found.count, torch.nan), found.mean, found.m2], -1)
+    gpu.count_exactly(again, x, mask)
+    assert torch.equal(again[..., 0], found.count)
+
+
+@pytest.mark.parametrize("lacks", ["triton", "its version", "capability"])
+def test_what_the_engine_lacks_is_warned_of(lacks: str, monkeypatch: Any) -> None:
+    words = "is not installed"
+    if lacks == "triton":
+        monkeypatch.setattr(gpu.util, "find_spec", lambda name: None)
+    elif lacks == "its version":
+        monkeypatch.setattr(gpu.metadata, "version", lambda name: "3.5.1")
+        words = "got 3.5.1"
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: (6, number))
+        words = "got 6.1"
     gpu._is_here.cache_clear()
-    with pytest.warns(RuntimeWarning, match=r"pip install 'triton>=3.6'"):
+    with pytest.warns(RuntimeWarning, match=f"{words}.*PyTorch's own operations"):
         assert not gpu.is_here()
     gpu._is_here.cache_clear()

@@ -14,10 +14,15 @@ Module = Any
 BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 
 
+def _double(tensor: Any) -> Any:
+    """The tensor in float64, which Apple's GPUs do not have."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def replace_batch_norm(module: Module) -> None:
     """Turn a BatchNorm into a GroupNorm. Its running statistics say what the groups' will be: mean u = mean(u_c) and
     variance s^2 = mean(s_c^2 + (u_c - u)^2) over the channels c of a group. With r_c = 1 / sqrt(s_c^2 + eps), weight' =
-    weight * s * r_c and bias' = bias + weight * (u - u_c) * r_c the GroupNorm gives what the BatchNorm gave.
+    weight * sqrt(s^2 + eps) * r_c and bias' = bias + weight * (u - u_c) * r_c it gives what the BatchNorm gave.
     """
     channels = module.num_features
     # A BatchNorm1d may stand behind a linear layer, where a group has D elements and no more: 32 groups of 64 channels
@@ -31,12 +36,12 @@ def replace_batch_norm(module: Module) -> None:
             setattr(norm, name, module._parameters[name])
     with torch.no_grad():
         if module.running_mean is not None:
-            mean, var = (t.double().view(groups, -1) for t in (module.running_mean, module.running_var))
+            mean, var = (_double(t).view(groups, -1) for t in (module.running_mean, module.running_var))
             of_group = mean.mean(1, keepdim=True)
-            std = (var + (mean - of_group) ** 2).mean(1, keepdim=True).sqrt()
-            factor = norm.weight.double() * torch.rsqrt(var + module.eps).view(-1)
-            norm.bias += (factor * (of_group - mean).view(-1)).to(norm.bias.dtype)
-            norm.weight.copy_(factor * std.expand_as(var).reshape(-1))
+            std = ((var + (mean - of_group) ** 2).mean(1, keepdim=True) + module.eps).sqrt()
+            factor = _double(norm.weight) * torch.rsqrt(var + module.eps).view(-1)
+            norm.bias += (factor * (of_group - mean).view(-1)).to(norm.bias)
+            norm.weight.copy_((factor * std.expand_as(var).reshape(-1)).to(norm.weight))
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         del module._buffers[name]
         module._non_persistent_buffers_set.discard(name)

@@ -4,6 +4,7 @@ As in the NumPy front end, a call is recognised by everything about it but its d
 (checks, engine, plan) is kept as a `Kind`.
 """
 
+import contextlib
 import itertools
 import math
 import operator
@@ -20,7 +21,7 @@ from groupnorm._core.arguments import Call, Options, prepare
 from groupnorm._dispatch import choose
 from groupnorm.errors import ShapeError
 from groupnorm.torch import gpu
-from groupnorm.torch.checks import check
+from groupnorm.torch.checks import check, clash
 from groupnorm.torch.road import is_plain
 
 __all__ = ["Gradients", "Kind", "backward", "empty_result", "forward", "kind_of", "moments", "normalize"]
@@ -112,7 +113,7 @@ def forward(
         kind.run(False, x.data_ptr() or _at(x), y.data_ptr(), weight.data_ptr() or _at(weight),
                  bias.data_ptr() or _at(bias), 0, 0, 0, 0, 0, 0)  # fmt: skip
         return y, None
-    if kind.convert or (out is not None and _clash(out, x, residual, weight, bias, scale, shift)):
+    if kind.convert or (out is not None and clash(out, x, residual, weight, bias, scale, shift)):
         tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual,
                    "mask": mask}  # fmt: skip
         _convert(kind, tensors)
@@ -153,8 +154,8 @@ def backward(
     the kind of the forward, whose tensors these are, `stats` what it gave.
     """
     # With types and strides: tensors that saved_tensors_hooks packed may come back with others.
-    key: Any = (needs, dy.dtype, dy.is_cpu or dy.device, dy.is_neg(), dy.stride(), x.dtype, x.stride(), stats.dtype,
-                weight is None or (weight.dtype, weight.stride()),
+    key: Any = (needs, _get_num_threads(), dy.dtype, dy.is_cpu or dy.device, dy.is_neg(), dy.stride(), x.dtype,
+                x.stride(), stats.dtype, weight is None or (weight.dtype, weight.stride()),
                 bias is None or (bias.dtype, bias.stride()))  # fmt: skip
     if not of.usual:
         key += tuple(map(_form, (scale, shift, residual, mask)))
@@ -183,8 +184,8 @@ def backward(
             tensor.new_zeros(tensor.shape) if needed else None
             for tensor, needed in zip((weight, bias, scale, shift), needs[1:5], strict=True)
         )
-        dresidual = None if dx is None or residual is None else dx.to(residual.dtype, copy=True)
-        return Gradients(dx, dweight, dbias, dscale, dshift, dresidual)
+        dresidual = dx.to(residual.dtype, copy=True) if dx is not None and needs_residual else None
+        return Gradients(dx if needs_x else None, dweight, dbias, dscale, dshift, dresidual)
     dweight = torch.empty_like(weight) if needs_weight else None
     dbias = torch.empty_like(bias) if needs_bias else None
     dscale = dshift = dresidual = None
@@ -200,6 +201,7 @@ def backward(
     else:
         kind.run(fresh, _at(x), 0, _at(weight), _at(bias), _at(scale), _at(shift), _at(residual), _at(mask), mean, rstd,
                  0, _at(dy), _at(dx), _at(dweight), _at(dbias), _at(dscale), _at(dshift), _at(dresidual))  # fmt: skip
+    dx, dresidual = dx if needs_x else None, dresidual if needs_residual else None  # kernels give both
     return Gradients(dx, dweight, dbias, dscale, dshift, dresidual)
 
 
@@ -229,6 +231,8 @@ def moments(x: Tensor, num_groups: int, mask: Tensor) -> Tensor:
     if kind.run is None:
         return found.zero_()
     kind.run(False, _at(x), 0, 0, 0, 0, 0, 0, _at(mask), 0, 0, found.data_ptr())
+    if gpu.takes(x):
+        gpu.count_exactly(found, x, mask)
     return found
 
 
@@ -269,7 +273,8 @@ def _form(tensor: Tensor) -> Any:
 def _keep(key: Any, kind: Kind) -> Kind:
     if len(_kinds) >= _KINDS_KEPT:
         _kinds.clear()
-    _kinds[key] = kind
+    with contextlib.suppress(TypeError):  # an option that cannot be hashed
+        _kinds[key] = kind
     return kind
 
 
@@ -336,29 +341,6 @@ def _convert(kind: Kind, tensors: dict[str, Tensor]) -> None:
         if name in ("x", "residual", "dy"):
             tensor = tensor.to(dtype).contiguous(memory_format=kind.memory_format)
         tensors[name] = tensor if name in ("x", "residual", "dy") else tensor.contiguous()
-
-
-def _clash(out: Tensor, x: Tensor, *others: Tensor) -> bool:
-    """Whether `out` may share memory with an input in any other way than being the very same elements. By addresses:
-    what comes by DLPack has a storage of its own, wherever it lies.
-    """
-    begin, end = _span(out)
-    for tensor in (x, *others):
-        if tensor is not None and tensor is not out:
-            first, last = _span(tensor)
-            same = first == begin and tensor.stride() == out.stride() and tensor.dtype == out.dtype
-            if first < end and begin < last and not (same and tensor.shape == out.shape):
-                return True
-    return False
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses between which a tensor lies."""
-    begin = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return begin, begin
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def _at(tensor: Tensor) -> int:

@@ -7,7 +7,7 @@ import torch
 from groupnorm._core.problem import check_activation, check_eps, check_num_groups
 from groupnorm.errors import DtypeError, ShapeError
 
-__all__ = ["FLOATS", "check"]
+__all__ = ["FLOATS", "check", "clash"]
 
 Tensor = Any
 
@@ -44,6 +44,29 @@ def check(
             raise DtypeError(f"mask must be a tensor of bool: got {got}; True marks a real position")
         _check_shape("mask", mask, (n, *x.shape[2:]), "(N, *spatial)")
         _check_device("mask", mask, x)
+
+
+def clash(out: Tensor, x: Tensor, *others: Tensor) -> bool:
+    """Whether `out` may share memory with an input in any other way than being the very same elements. By addresses:
+    what comes by DLPack has a storage of its own, wherever it lies.
+    """
+    begin, end = _span(out)
+    for tensor in (x, *others):
+        if tensor is not None and tensor is not out:
+            first, last = _span(tensor)
+            same = first == begin and tensor.stride() == out.stride() and tensor.dtype == out.dtype
+            if first < end and begin < last and not (same and tensor.shape == out.shape):
+                return True
+    return False
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which a tensor lies."""
+    begin = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:

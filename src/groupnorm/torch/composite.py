@@ -130,8 +130,9 @@ def _epilogue(
     if shift is not None:
         z = z + _wide(shift).reshape(for_sample)
     if residual is not None:
-        z = z + _wide(residual)
+        z = z + _wide(residual.to(x.dtype))
     if activation is not None:
+        z = z if mask is None else torch.where(mask.unsqueeze(1), z, 0.0)  # NaN times a gradient of 0 is NaN
         z = ACTIVATIONS[activation](z)
     if mask is not None:
         z = torch.where(mask.unsqueeze(1), z, 0.0)

@@ -12,7 +12,7 @@ import torch
 
 from groupnorm.errors import DtypeError
 from groupnorm.torch.batch_norm import BATCH_NORMS, replace_batch_norm
-from groupnorm.torch.fusion import fuse, unfuse
+from groupnorm.torch.fusion import fuse, is_fused, is_replaced, unfuse
 from groupnorm.torch.graph import fuse_graph, restore
 from groupnorm.torch.module import GroupNorm
 from groupnorm.torch.per_sample import register_with_opacus
@@ -21,8 +21,10 @@ __all__ = ["Change", "Report", "convert", "revert"]
 
 Module = Any
 
-_FORWARD = torch.nn.GroupNorm.forward  # which a library may replace
+# Those of PyTorch's own, which a library may replace.
+_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (torch.nn.GroupNorm, *BATCH_NORMS)}
 _OPTIONS = ("activation", "inplace", "momentum", "track_running_stats")  # what a torch.nn.GroupNorm has not
+_NOT_OF_BATCH_NORM = ("activation", "inplace", "num_groups", "num_channels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +82,25 @@ def convert(model: Module, *, batch_norm: bool = False, across_modules: bool = F
     _check(model)
     report = Report()
     places = {name: place for place, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, module in model.named_modules():
         kind = type(module)
-        if kind is torch.nn.GroupNorm and ("forward" in module.__dict__ or kind.forward is not _FORWARD):
+        ours = kind is torch.nn.GroupNorm or (batch_norm and kind in BATCH_NORMS)
+        if ours and (is_replaced(module) or kind.forward is not _FORWARDS[kind]):
             report._add(name, "skipped", "its forward was replaced")
-        elif kind is torch.nn.GroupNorm and (taken := _taken(module)):
+        elif ours and (taken := _taken(module)):
             report._add(name, "skipped", f"it has something of its own that is called {taken}")
         elif kind is torch.nn.GroupNorm:
             _swap(module)
             report._add(name, "swapped", _sizes(module))
         elif isinstance(module, torch.nn.GroupNorm) and kind is not GroupNorm:
             report._add(name, "skipped", f"{kind.__name__} is a class of its own")
-        elif batch_norm and kind in BATCH_NORMS and "forward" in module.__dict__:
-            report._add(name, "skipped", "its forward was replaced")
         elif batch_norm and kind in BATCH_NORMS and not {"weight", "bias"} <= module._parameters.keys():
             report._add(name, "skipped", "its weight or bias is computed (pruning, or a norm of the weight)")
+        elif batch_norm and kind in BATCH_NORMS and any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+            report._add(name, "skipped", "it shares its weight or bias with another module")
         elif batch_norm and kind in BATCH_NORMS:
+            module.__dict__.pop("forward", None)
             replace_batch_norm(module)
             report._add(name, "replaced", f"{kind.__name__}: {_sizes(module)}; train it further")
         elif batch_norm and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -124,12 +129,17 @@ def revert(model: Module) -> Report:
     for name, module in model.named_modules():
         if unfuse(module):
             report._add(name, "restored", "its own forward")
+        elif is_fused(module):
+            report._add(name, "skipped", "somebody made another class of the one that fuses")
     for name in restore(model):
         report._add(name, "restored", "in its place")
     for name, module in model.named_modules():
         if type(module) is GroupNorm:
             if module.activation is not None or module.track_running_stats:
                 report._add(name, "skipped", "torch.nn.GroupNorm has no such options")
+                continue
+            if is_replaced(module):  # and may call this class's
+                report._add(name, "skipped", "its forward was replaced")
                 continue
             _swap_back(module)
             report._add(name, "swapped", _sizes(module))
@@ -145,16 +155,19 @@ def _check(model: Module) -> None:
 
 def _taken(module: Module) -> str | None:
     """The first of the names that a `GroupNorm` needs and that somebody gave to something else in this module."""
-    return next((name for name in _OPTIONS if hasattr(module, name)), None)
+    names = _OPTIONS if isinstance(module, torch.nn.GroupNorm) else _NOT_OF_BATCH_NORM
+    return next((name for name in names if hasattr(module, name)), None)
 
 
 def _swap(module: Module) -> None:
     register_with_opacus(GroupNorm)
+    module.__dict__.pop("forward", None)
     module.__class__ = GroupNorm
     module.activation, module.inplace, module.momentum, module.track_running_stats = None, False, None, False
 
 
 def _swap_back(module: Module) -> None:
+    module.__dict__.pop("forward", None)
     for option in _OPTIONS:
         del module.__dict__[option]
     module.__class__ = torch.nn.GroupNorm

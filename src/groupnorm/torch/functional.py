@@ -39,10 +39,10 @@ def group_norm(
 
     x: float16, bfloat16, float32 or float64, of shape (N, C, *spatial), contiguous, channels_last or with other
     strides; y has x's type and lies in memory as that of `torch.nn.functional.group_norm` does. weight, bias: (C,).
-    scale, shift: (N, C). residual: x's shape. All of any float type. mask: bool, (N, *spatial), True where a position
-    is real; the others stay out of the statistics and give 0. activation: None, "relu", "silu", "gelu", "gelu_tanh",
-    "sigmoid", "tanh" or "hardswish". out: a tensor like x that is filled and returned, x itself too, where no gradient
-    is asked for.
+    scale, shift: (N, C). residual: x's shape, converted to x's type. All of any float type. mask: bool, (N, *spatial),
+    True where a position is real; the others stay out of the statistics and give 0. activation: None, "relu", "silu",
+    "gelu", "gelu_tanh", "sigmoid", "tanh" or "hardswish". out: a tensor like x that is filled and returned, x itself
+    too, where no gradient is asked for.
 
     Statistics are taken in float32 or wider whatever x's type, under autocast too: x keeps its type unless
     `set_autocast` says otherwise. Differentiable to any order; backward computes the activation again, so that nothing

@@ -18,7 +18,7 @@ from groupnorm.torch.composite import ACTIVATIONS
 from groupnorm.torch.module import GroupNorm
 from groupnorm.torch.rewrite import Unreadable, rewrite
 
-__all__ = ["Found", "activation_name", "fuse", "is_fused", "is_ours", "is_watched", "norm_act", "unfuse"]
+__all__ = ["Found", "activation_name", "fuse", "is_fused", "is_ours", "is_replaced", "is_watched", "norm_act", "unfuse"]
 
 Module = Any
 Tensor = Any
@@ -29,8 +29,11 @@ _MODULES: dict[Any, str] = {
     torch.nn.Tanh: "tanh", torch.nn.Hardswish: "hardswish",
 }  # fmt: skip
 _FORWARDS = {kind: kind.forward for kind in _MODULES}  # which a library may replace in PyTorch's own classes
+_SEQUENTIAL = torch.nn.Sequential.forward, torch.nn.Sequential.__iter__
 _FUNCTIONS = {F: ("relu", "silu", "gelu", "sigmoid", "tanh", "hardswish"), torch: ("relu", "sigmoid", "tanh")}
 _DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
+_IDLE_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (torch.nn.Identity, *_DROPOUTS)}
+_ABSENT: Any = object()  # no such term in the source; None may be what a variable holds
 
 
 class Found(NamedTuple):
@@ -44,8 +47,8 @@ class Found(NamedTuple):
 
 
 def norm_act(
-    norm: Module, activation: Module, x: Tensor, scale: Tensor = None, shift: Tensor = None, residual: Tensor = None,
-    inplace: bool = False,
+    norm: Module, activation: Module, x: Tensor, scale: Tensor = _ABSENT, shift: Tensor = _ABSENT,
+    residual: Tensor = _ABSENT, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
     """activation(norm(x)*(1 + scale) + shift + residual), by one kernel where nobody could tell the difference.
 
@@ -56,19 +59,19 @@ def norm_act(
     name = activation if isinstance(activation, str) else activation_name(activation)
     if name is not None and isinstance(x, torch.Tensor) and is_ours(norm) and not is_watched(norm, activation):
         for_sample = (*x.shape[:2], *[1] * (x.dim() - 2))
-        if scale is None and residual is None:
+        if scale is _ABSENT and residual is _ABSENT:
             return norm.normalized(x, name)
-        if (residual is None or _is_like(residual, x, x.shape)) and (
-            scale is None or (_is_like(scale, x, for_sample) and _is_like(shift, x, for_sample))
+        if (residual is _ABSENT or _is_like(residual, x, x.shape)) and (
+            scale is _ABSENT or (_is_like(scale, x, for_sample) and _is_like(shift, x, for_sample))
         ):
-            scale, shift = (None, None) if scale is None else (scale.flatten(1), shift.flatten(1))
-            return norm.normalized(x, name, scale, shift, residual)
+            both = (None, None) if scale is _ABSENT else (scale.flatten(1), shift.flatten(1))
+            return norm.normalized(x, name, *both, None if residual is _ABSENT else residual)
     y = norm(x)
-    if scale is not None:
+    if scale is not _ABSENT:
         y = y * (1 + scale) + shift
-    if residual is not None and inplace:
+    if residual is not _ABSENT and inplace:
         y += residual
-    elif residual is not None:
+    elif residual is not _ABSENT:
         y = y + residual
     return ACTIVATIONS[activation](y) if isinstance(activation, str) else activation(y)
 
@@ -82,9 +85,18 @@ def activation_name(module: Module) -> str | None:
     """The name of the activation that a module is; None if it is something else."""
     kind = type(module)
     name = _MODULES.get(kind)
-    if name is None or "forward" in module.__dict__ or kind.forward is not _FORWARDS[kind]:
+    if name is None or is_replaced(module) or kind.forward is not _FORWARDS[kind]:
         return None
     return "gelu_tanh" if name == "gelu" and module.approximate == "tanh" else name
+
+
+def is_replaced(module: Module) -> bool:
+    """Whether the object has a forward of its own. The one of its class, bound to it, is none: that is what libraries
+    leave behind that took theirs away (accelerate, diffusers).
+    """
+    own, kind = module.__dict__.get("forward"), type(module)
+    left = getattr(own, "__self__", None) is module and getattr(own, "__func__", None) is kind.forward
+    return own is not None and not left
 
 
 def is_watched(*modules: Module) -> bool:
@@ -102,12 +114,12 @@ def fuse(module: Module) -> Found:
     norms = tuple(sorted(name for name, child in module._modules.items() if child is not None and is_ours(child)))
     if not norms or is_fused(module):
         return Found({})
-    if "forward" in module.__dict__:
+    if is_replaced(module):
         return Found({}, reason="its forward was replaced")
     found: dict[str, tuple[str | None, str]]  # name of the activation if it is a function, name of its module else
-    if kind.forward is torch.nn.Sequential.forward and kind.__iter__ is not torch.nn.Sequential.__iter__:
+    if kind.forward is _SEQUENTIAL[0] and kind.__iter__ is not _SEQUENTIAL[1]:
         return Found({}, reason="its children come in an order of its own")
-    if kind.forward is torch.nn.Sequential.forward:
+    if kind.forward is _SEQUENTIAL[0]:
         steps = _steps(list(module._modules.values()), in_eval=True)
         place = {id(child): name for name, child in module._modules.items()}
         found = {place[id(norm)]: (None, place[id(after)]) for norm, after in steps if after is not None}
@@ -119,6 +131,7 @@ def fuse(module: Module) -> Found:
         made, found, reason = _block_class(kind, kind.forward, norms, tuple(activations))
     if made is None:
         return Found({}, reason=reason)
+    module.__dict__.pop("forward", None)
     module.__class__ = made
     children = {norm: module._modules.get(child, "") for norm, (_, child) in found.items()}
     watched = {norm for norm in found if is_watched(module._modules[norm], children[norm])}
@@ -128,15 +141,19 @@ def fuse(module: Module) -> Found:
 
 def unfuse(module: Module) -> bool:
     """Give a module back the class that `fuse` took from it; whether there was one."""
-    if is_fused(module):
+    if "unfused" in vars(type(module)):
+        if not is_replaced(module):
+            module.__dict__.pop("forward", None)
         module.__class__ = module.unfused
         return True
     return False
 
 
 def is_fused(module: Module) -> bool:
-    """Whether `fuse` gave the module its class."""
-    return "unfused" in vars(type(module))
+    """Whether `fuse` gave the module its class, of which somebody may have made another one since (a parametrization,
+    FSDP).
+    """
+    return hasattr(type(module), "unfused")
 
 
 @functools.cache
@@ -176,7 +193,7 @@ def _steps(modules: list[Module], *, in_eval: bool = False) -> list[tuple[Module
 def _does_nothing(module: Module, in_eval: bool) -> bool:
     kind = type(module)
     idle = kind is torch.nn.Identity or (kind in _DROPOUTS and (in_eval or module.p == 0 or not module.training))
-    return idle and "forward" not in module.__dict__ and not is_watched(module)
+    return idle and kind.forward is _IDLE_FORWARDS[kind] and not is_replaced(module) and not is_watched(module)
 
 
 @functools.cache
@@ -207,8 +224,9 @@ def _class_of(kind: Any, norms: tuple[str, ...], activations: tuple[str, ...]) -
 def _functions(function: types.FunctionType) -> dict[str, str | None]:
     """The activations of PyTorch by the names that they have inside a function."""
     texts: dict[str, str | None] = {}
+    local = _variables(function.__code__)
     for name, value in function.__globals__.items():
-        if name in function.__code__.co_varnames:
+        if name in local:
             continue
         for owner, path in ((torch, ""), (F, ""), (torch.nn, "functional."), (torch, "nn.functional.")):
             if value is owner:
@@ -218,6 +236,12 @@ def _functions(function: types.FunctionType) -> dict[str, str | None]:
                 if value is getattr(owner, known):
                     texts[name] = known
     return texts
+
+
+def _variables(code: types.CodeType) -> set[str]:
+    """The names of a function's own variables, and of those of the functions and comprehensions in it."""
+    inner = [_variables(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return set(code.co_varnames).union(code.co_cellvars, *inner)
 
 
 def _subclass(kind: Any, forward: Any, recipe: tuple[Any, ...]) -> Any:
@@ -248,5 +272,5 @@ def is_ours(norm: Module) -> bool:
     """Whether a module is a `GroupNorm` of which nothing was changed, and which leaves the activation to others. With
     `inplace` x would hold what the norm gives, or what the activation gives.
     """
-    plain = type(norm) is GroupNorm and "forward" not in norm.__dict__
+    plain = type(norm) is GroupNorm and not is_replaced(norm)
     return plain and norm.activation is None and not norm.track_running_stats and not norm.inplace

@@ -3,9 +3,9 @@
 import functools
 import os
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from importlib import util
+from importlib import metadata, util
 from typing import Any
 
 import torch
@@ -17,10 +17,13 @@ from groupnorm._core.problem import Problem
 from groupnorm._dispatch import choose
 from groupnorm.errors import ShapeError
 
-__all__ = ["Fit", "fit", "is_here", "takes"]
+__all__ = ["Fit", "count_exactly", "fit", "is_here", "takes"]
 
 Tensor = Any
 
+_COUNTED = 1 << 24
+_TRITON = "3.6"
+_CAPABILITY = (7, 0)
 _LAST = (torch.channels_last, torch.channels_last_3d)
 _HOST_TOO = False  # for tests: Triton's interpreter takes tensors in host memory
 _SHAPED = ("x", "residual", "dy", "out")
@@ -36,16 +39,31 @@ is_here._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.co
 
 @functools.cache
 def _is_here() -> bool:
-    """Without Triton CUDA tensors go through PyTorch's own operations, and a warning says so, once; without one where
-    the environment has GROUPNORM_GPU=off.
+    """Without the GPU engine CUDA tensors go through PyTorch's own operations, and a warning says why, once; no warning
+    where the environment has GROUPNORM_GPU=off.
     """
     if os.environ.get("GROUPNORM_GPU", "").lower() == "off":
         return False
-    if util.find_spec("triton") is not None:
-        return True
-    warnings.warn("Triton is not installed: CUDA tensors go through PyTorch's own operations; "
-                  "pip install 'triton>=3.6'", RuntimeWarning, stacklevel=5)  # fmt: skip
-    return False
+    reason = _missing()
+    if reason is not None:
+        warnings.warn(f"{reason}: CUDA tensors go through PyTorch's own operations (GROUPNORM_GPU=off says that this "
+                      "is meant)", RuntimeWarning, stacklevel=5)  # fmt: skip
+    return reason is None
+
+
+def _missing() -> str | None:
+    """What the GPU engine needs and does not find; None if nothing is missing."""
+    if util.find_spec("triton") is None:
+        return f"Triton is not installed (pip install 'triton>={_TRITON}', with PyTorch 2.10 or later)"
+    with suppress(metadata.PackageNotFoundError):  # one that was built by hand will be new enough
+        version = metadata.version("triton")
+        if tuple(int(part) for part in version.split(".")[:2]) < tuple(map(int, _TRITON.split("."))):
+            return f"the GPU engine needs Triton {_TRITON} or later, which PyTorch 2.10 brings: got {version}"
+    if torch.version.hip is None and torch.cuda.is_available():
+        newest = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+        if newest < _CAPABILITY:
+            return f"the GPU engine needs compute capability 7.0 or later: got {newest[0]}.{newest[1]}"
+    return None
 
 
 def takes(x: Tensor) -> bool:
@@ -87,6 +105,14 @@ def fit(options: Options, tensors: dict[str, Tensor], dx: bool) -> Fit:
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         engine, plan = choose(problem, "gpu", 1, on_gpu=x.is_cuda)
     return Fit(frozenset(), engine, plan)
+
+
+def count_exactly(found: Tensor, x: Tensor, mask: Tensor) -> None:
+    """Put whole numbers in the place of counts that float32, in which kernels count, may not hold."""
+    elements = x.numel() // max(x.shape[0] * found.shape[1], 1)
+    if elements > _COUNTED:
+        real = elements if mask is None else mask.flatten(1).sum(1, dtype=torch.float64)[:, None]
+        found[..., 0] = real if mask is None else real * (x.shape[1] // found.shape[1])
 
 
 def _problem(options: Options, tensors: dict[str, Tensor], channels_last: bool, dx: bool) -> Problem:

@@ -51,7 +51,8 @@ def fuse_graph(model: Module) -> list[tuple[str, str]]:
     """
     modules = dict(model.named_modules())
     places = Counter(id(child) for module in modules.values() for child in module._modules.values())
-    free = {name for name, module in modules.items() if places[id(module)] == 1 and not is_watched(module)}
+    watched = {name for name, module in modules.items() if is_watched(module)}  # a module may give what its norm gives
+    free = {name for name, module in modules.items() if places[id(module)] == 1 and watched.isdisjoint(_within(name))}
     norms = {name for name in free if is_ours(modules[name]) and not is_fused(modules[name.rpartition(".")[0]])}
     activations = {name for name in free if activation_name(modules[name]) is not None}
     if not norms or not activations:
@@ -65,6 +66,12 @@ def fuse_graph(model: Module) -> list[tuple[str, str]]:
     return found
 
 
+def _within(name: str) -> list[str]:
+    """A module's name and those of the modules that it is in."""
+    parts = name.split(".")
+    return ["", *(".".join(parts[:end]) for end in range(1, len(parts) + 1))]
+
+
 def restore(model: Module) -> list[str]:
     """Put the activations back in their places. Gives their names."""
     names = []
@@ -72,6 +79,7 @@ def restore(model: Module) -> list[str]:
         for key, child in list(module._modules.items()):
             if isinstance(child, Placeholder):
                 child.norm.activation = None
+                child.original.training = child.training
                 module._modules[key] = child.original
                 names.append(f"{parent}.{key}" if parent else key)
     return names
@@ -87,7 +95,7 @@ def _pairs(model: Module, training: bool) -> set[tuple[str, str]]:
     """Names of modules that follow each other and are called once, the first having one user; nothing if the model
     cannot be traced.
     """
-    with _unchanged(model) as modules, warnings.catch_warnings():
+    with _unchanged(model) as modules, warnings.catch_warnings(), torch.random.fork_rng(devices=()):
         warnings.simplefilter("ignore")
         for module in modules:  # not by model.train(), which may do more than that, merge weights of LoRA for example
             module.training = training
@@ -95,6 +103,7 @@ def _pairs(model: Module, training: bool) -> set[tuple[str, str]]:
             nodes = list(_Tracer().trace(model).nodes)
         except Exception:  # whatever a model does that a proxy of a tensor cannot
             return set()
+        held = set(_held(modules))
     calls = Counter(node.target for node in nodes if node.op == "call_module")
     return {
         (str(node.args[0].target), str(node.target))
@@ -102,7 +111,21 @@ def _pairs(model: Module, training: bool) -> set[tuple[str, str]]:
         if node.op == "call_module" and calls[node.target] == 1
         and len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], torch.fx.Node)
         and node.args[0].op == "call_module" and calls[node.args[0].target] == 1 and len(node.args[0].users) == 1
+        and node.args[0] not in held
     }  # fmt: skip
+
+
+def _held(modules: list[Module]) -> Iterator[Any]:
+    """The nodes whose values modules hold on to (`self.features = h`): users that a graph does not show."""
+    for module in modules:
+        for value in module.__dict__.values():
+            for item in (value, *_items(value)):
+                if isinstance(item, torch.fx.Proxy):
+                    yield item.node
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, list | tuple) else []
 
 
 @contextlib.contextmanager
@@ -112,15 +135,19 @@ def _unchanged(model: Module) -> Iterator[list[Module]]:
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     kept = [(module.__dict__, dict(module.__dict__)) for module in modules]
-    for table in ("_parameters", "_buffers", "_modules"):
-        kept += [(getattr(module, table), dict(getattr(module, table))) for module in modules]
-    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    attributes = [value for module in modules for value in module.__dict__.values()]
+    kept += [(value, dict(value)) for value in attributes if isinstance(value, dict)]
+    lists = [(value, list(value)) for value in attributes if isinstance(value, list)]
+    moving = [buffer for buffer in model.buffers() if not buffer.is_inference()]
+    buffers = [(buffer, buffer._version, buffer.detach().clone()) for buffer in moving]
     try:
         yield modules
     finally:
         for now, before in kept:
             now.clear()
             now.update(before)
-        for buffer, version, values in buffers:
+        for values, items in lists:
+            values[:] = items
+        for buffer, version, numbers in buffers:
             if buffer._version != version:
-                buffer.detach().copy_(values)
+                buffer.detach().copy_(numbers)

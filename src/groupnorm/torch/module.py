@@ -6,11 +6,12 @@ import torch
 
 from groupnorm._core.problem import check_activation, check_eps, check_num_groups
 from groupnorm.torch.autocast import cast
+from groupnorm.torch.checks import check
 from groupnorm.torch.composite import widest
 from groupnorm.torch.functional import group_norm
 from groupnorm.torch.moments import Moments, moments, normalize
 from groupnorm.torch.per_sample import register_with_opacus
-from groupnorm.torch.road import asks_for_gradient
+from groupnorm.torch.road import asks_for_gradient, is_transformed
 
 __all__ = ["GroupNorm"]
 
@@ -20,8 +21,8 @@ Tensor = Any
 class GroupNorm(torch.nn.GroupNorm):
     """`torch.nn.GroupNorm` with the same parameters and state, and `group_norm` of this package inside.
 
-    activation: what follows the norm, fused with it. inplace: y takes x's memory where no gradient is asked for, and
-    where no compiler plans memory anyway.
+    activation: what follows the norm, fused with it. inplace: y takes x's memory where no gradient is asked for, no
+    compiler plans memory anyway, and the statistics are x's own.
     track_running_stats: in training, `running_mean` and `running_var`, (G,), follow the mean and the unbiased variance
     of each group, averaged over the batch, by the fraction `momentum` of the way (0.1 if None); in eval they take the
     place of x's own statistics. These are the rules of `torch.nn.InstanceNorm2d`. Raises GroupNormError (a ValueError)
@@ -79,9 +80,10 @@ class GroupNorm(torch.nn.GroupNorm):
     ) -> Tensor:  # fmt: skip
         """`group_norm` of the input with this module's parameters, by its own statistics, and with these arguments."""
         out = None
-        if self.inplace and isinstance(input, torch.Tensor) and not torch.compiler.is_compiling():
-            out = None if asks_for_gradient(input, self.weight, self.bias, scale, shift, residual) else input
-            out = out if cast(input) is input else None  # y will be of another type
+        if self.inplace and isinstance(input, torch.Tensor) and not (torch.compiler.is_compiling() or is_transformed()):
+            # Without gradients a checkpoint's input still says that it needs one: it will be read once more.
+            keeps = input.requires_grad or asks_for_gradient(input, self.weight, self.bias, scale, shift, residual)
+            out = input if not keeps and cast(input) is input else None  # else y will be of another type
         return group_norm(
             input, self.num_groups, self.weight, self.bias, self.eps, activation=activation, scale=scale, shift=shift,
             residual=residual, out=out,
@@ -105,6 +107,7 @@ class GroupNorm(torch.nn.GroupNorm):
         if self.training and input.numel() == 0:  # nothing to learn from
             return self.normalized(input, self.activation)
         if self.training:
+            check(input, self.num_groups, self.weight, self.bias, self.eps, *[None] * 6)  # before anything is learned
             with torch.no_grad():
                 found = moments(input, self.num_groups)
                 unbiased = found.m2 / (found.count - 1).clamp(min=1)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch.overrides import handle_torch_function, has_torch_function
 
 from groupnorm.errors import DtypeError, GroupNormError, ShapeError
 from groupnorm.torch import call, composite
 from groupnorm.torch.autocast import cast
 from groupnorm.torch.checks import check
-from groupnorm.torch.road import as_plain, asks_for_gradient, is_followed, is_plain
+from groupnorm.torch.road import as_plain, asks_for_gradient, is_followed, is_plain, is_transformed
 
 __all__ = ["Moments", "merge_moments", "moments", "normalize"]
 
@@ -31,6 +32,13 @@ class Moments:
     mean: Tensor
     m2: Tensor
 
+    def _shape(self) -> tuple[int, ...]:
+        """That of all three. Raises ShapeError where they differ."""
+        count, mean, m2 = (tuple(tensor.shape) for tensor in (self.count, self.mean, self.m2))
+        if not count == mean == m2:
+            raise ShapeError(f"count, mean and m2 of Moments must have one shape: got {count}, {mean} and {m2}")
+        return count
+
     @property
     def var(self) -> Tensor:
         """Population variance, M2 / count; 0 where the count is 0."""
@@ -43,10 +51,10 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         if not isinstance(other, Moments):
             return NotImplemented
-        if self.count.shape != other.count.shape:
+        if self._shape() != other._shape():
             raise ShapeError(
-                f"Moments of different shapes cannot be merged: got {tuple(self.count.shape)} and "
-                f"{tuple(other.count.shape)}; take both from tensors with the same batch and the same num_groups"
+                f"Moments of different shapes cannot be merged: got {self._shape()} and {other._shape()}; take both "
+                "from tensors with the same batch and the same num_groups"
             )
         count = self.count + other.count
         fraction = other.count / count.clamp(min=1)  # of the merged elements that come from `other`
@@ -71,7 +79,8 @@ def merge_moments(moments: Iterable[Moments]) -> Moments:
 
 def moments(x: Tensor, num_groups: int, *, mask: Tensor = None) -> Moments:
     """Count, mean and M2 of every group of x. Arguments, types and errors as for `group_norm`; differentiable in x.
-    Cost: x is read once.
+    Cost: x is read once; where a gradient is asked for, PyTorch's own operations do it, which keep float64 tensors of
+    x's size.
     """
     if has_torch_function((x, mask)):
         return handle_torch_function(moments, (x, mask), x, num_groups, mask=mask)
@@ -98,7 +107,7 @@ def normalize(
     x, weight, bias, scale, shift, residual = map(as_plain, inputs)
     x = cast(x)
     given: Any = m
-    if not isinstance(given, Moments) or given.mean.dim() != 2:
+    if not isinstance(given, Moments) or len(given._shape()) != 2:
         raise GroupNormError(f"m must be Moments of shape (N, G): got {type(m).__name__}; make them with "
                              "groupnorm.torch.moments")  # fmt: skip
     groups = m.mean.shape[1]
@@ -112,4 +121,5 @@ def normalize(
     if is_plain(*tensors) and not is_followed() and not asks_for_gradient(*tensors):
         statistics = torch.stack((m.count.double(), m.mean.double(), m.m2.double()), 2)
         return call.normalize(x, statistics, weight, bias, eps, activation, scale, shift, residual)
-    return composite.normalize(x, m.mean, m.rstd(eps), weight, bias, activation, scale, shift, residual)
+    y = composite.normalize(x, m.mean, m.rstd(eps), weight, bias, activation, scale, shift, residual)
+    return y if is_transformed() else y.contiguous(memory_format=suggest_memory_format(x))

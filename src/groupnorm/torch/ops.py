@@ -8,7 +8,9 @@ compiled graphs on the disk, and looks at the operator's name alone.
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 
+from groupnorm.errors import EngineError, ShapeError
 from groupnorm.torch import call, composite
 from groupnorm.torch.checks import check
 
@@ -47,6 +49,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x, weight, bias, scale, shift, residual, mask = _as_tensors(x, weight, bias, scale, shift, residual, mask)
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None)
+    if not kind.plain:  # a program that was traced where there is an engine
+        count, mean, m2 = composite.moments(x, num_groups, mask)
+        stats = torch.stack((mean, torch.rsqrt(m2 / count.clamp(min=1) + eps)))
+        y = composite.group_norm(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask)
+        y = y.contiguous(memory_format=suggest_memory_format(x))
+        return y, stats.to(torch.promote_types(x.dtype, torch.float32))
     return call.forward(kind, x, weight, bias, scale, shift, residual, mask, None, True)
 
 
@@ -72,6 +80,12 @@ def _backward(
     needs = _all_of(x, weight, bias, scale, shift, residual) if needs is None else needs
     dy, x, weight, bias, scale, shift, residual, mask = _as_tensors(dy, x, weight, bias, scale, shift, residual, mask)
     kind = call.kind_of(x, num_groups, weight, bias, eps, activation, scale, shift, residual, mask, None)
+    if dy.shape != x.shape or stats.shape != (2, x.shape[0], kind.num_groups):
+        raise ShapeError(f"dy must have x's shape, stats (2, N, G): got {tuple(dy.shape)} and {tuple(stats.shape)}, "
+                         f"x is {tuple(x.shape)}, with {kind.num_groups} groups")  # fmt: skip
+    if not kind.plain:
+        raise EngineError(f"no engine computes gradients of tensors on {x.device} here: got a program that was traced "
+                          "for training; call groupnorm.torch.group_norm itself")  # fmt: skip
     found = call.backward(kind, dy, x, weight, bias, scale, shift, residual, mask, stats, tuple(needs))
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in found)
 

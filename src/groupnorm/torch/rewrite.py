@@ -161,6 +161,10 @@ class _Finder:
         names = [node for node in ast.walk(definition) if isinstance(node, ast.Name)]
         loads = [node.id for node in names if isinstance(node.ctx, ast.Load)]
         others = [node.id for node in names if not isinstance(node.ctx, ast.Load)]
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+        functions = [node for node in ast.walk(definition) if isinstance(node, kinds) and node is not definition]
+        # read by functions inside, maybe later
+        self.captured = {node.id for inner in functions for node in ast.walk(inner) if isinstance(node, ast.Name)}
         # written once and read once: nobody else can see what they hold
         self.passing = {name for name in loads if loads.count(name) == 1 == others.count(name)}
 
@@ -216,7 +220,7 @@ class _Finder:
         """
         name, call = _target(statement), _value(statement)
         norm = self._norm(call)
-        if name is None or norm is None or not isinstance(call, ast.Call):
+        if name is None or name in self.captured or norm is None or not isinstance(call, ast.Call):
             return None
         used, more = 0, dict[str, ast.expr]()
         if film := _film(rest[0], name):
