@@ -1,6 +1,6 @@
 """What the compiler makes of the GPU kernels: no spills, no stack, wide loads and stores, registers within the plan.
 
-All kernels of all cases are compiled by `make gpu-kernels`, which takes ten minutes; what it found lies in
+All kernels of all cases are compiled by `make gpu-kernels`, which takes twenty minutes; what it found lies in
 results/offline and must be of these sources. A few are compiled anew here.
 """
 
